@@ -1,0 +1,55 @@
+# Everything a user types. Each target builds the environment first, once.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+PEERS := .venv-peers
+
+.PHONY: help venv demo test lint serve peers clean
+
+help:
+	@echo "make demo    set up, serve the embedded model, let it solve held-out problems"
+	@echo "make serve   serve the embedded model on 127.0.0.1:8000 (MODEL=FOLDER for another)"
+	@echo "make test    the test suite        make lint   style, floors, types"
+	@echo "make peers   a second environment with what the benchmarks compare against"
+	@echo "make clean   remove environments, caches and work directories"
+
+venv: $(STAMP)
+
+# uv resolves and unpacks minutes faster than pip; where it cannot be had, pip does the same work.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt uv 2>/dev/null || true
+	@if $(PY) -m uv --version >/dev/null 2>&1; then \
+		$(PY) -m uv pip install --python $(PY) -c constraints.txt -e '.[dev]'; \
+	else \
+		$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+	fi
+	@touch $(STAMP)
+
+demo: venv
+	@$(PY) -m launch.demo
+
+serve: venv
+	@$(PY) -m launch.serve $(if $(MODEL),--model=$(MODEL))
+
+test: venv
+	$(PY) -m pytest
+
+lint: venv
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/lint-imports
+	$(PY) -m mypy
+
+peers: $(PEERS)/.installed
+
+# pip alone: it honours a locally provided CPU build of torch.
+$(PEERS)/.installed: constraints-peers.txt
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --disable-pip-version-check -r constraints-peers.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info work .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Configurations as Python files: `get_config()` returns the frozen dataclass that the job's library entry takes."""
