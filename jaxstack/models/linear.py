@@ -1,0 +1,90 @@
+"""A linear layer that can carry low-rank adapters, and whose kernel may be packed for serving."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+
+class LoraParam(nnx.Param):
+    """A trainable low-rank factor. Its own type, so that `nnx.Param` filters can tell adapters from the frozen model."""
+
+
+class LoraWeights(nnx.Module):
+    """The adapters of one linear layer (Hu et al. 2021): adapter `n` adds `scale[n] * (x @ a[n]) @ b[n]`.
+
+    Adapter 0 is "no adapter" and holds zeros; a fine-tuning run trains adapter 1; a server holds several.
+    Inside a decoder every array has the layers as its leading axis.
+
+    Attributes:
+      a: `[n_adapters, in, r]`.
+      b: `[n_adapters, r, out]`.
+      scale: `[n_adapters]`, usually alpha / r.
+    """
+
+    def __init__(
+        self,
+        a: Float[Array, "*layers n_adapters in r"],
+        b: Float[Array, "*layers n_adapters r out"],
+        scale: Float[Array, "*layers n_adapters"],
+    ):
+        self.a = LoraParam(a)
+        self.b = LoraParam(b)
+        self.scale = nnx.Variable(scale)
+
+    def __call__(self, x: Float[Array, "... in"], adapter_ids: Int[Array, "..."] | None) -> Float[Array, "... out"]:
+        """The adapters' addition to the layer's output; `adapter_ids` gives one adapter a row, None is adapter 1 for all."""
+        a, b, scale = (v.get_value().astype(x.dtype) for v in (self.a, self.b, self.scale))
+        if adapter_ids is None:
+            return scale[1] * ((x @ a[1]) @ b[1])
+        # Every adapter's narrow product, then zeros wherever the row does not use it: no [rows, in, r] gather.
+        low = jnp.einsum("...i,nir->...nr", x, a)
+        used = adapter_ids[..., None] == jnp.arange(a.shape[0])
+        low = jnp.where(used[..., None], low * scale[:, None], 0)
+        return jnp.einsum("...nr,nro->...o", low, b)
+
+
+class Linear(nnx.Module):
+    """`x @ kernel (+ bias) (+ adapters)`.
+
+    Attributes:
+      kernel: `nnx.Param [in, out]`; its value may be a `kernels.matmul.PackedWeight` in a serving decoder.
+      bias: `nnx.Param [out]` or None.
+      lora: `LoraWeights` or None.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = False,
+        kernel_init: Callable[..., Array] | None = None,
+        rngs: nnx.Rngs,
+        param_dtype: jnp.dtype = jnp.float32,
+    ):
+        kernel_init = kernel_init or nnx.initializers.normal(0.02)
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), param_dtype))
+        self.bias: nnx.Param | None = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else nnx.data(None)
+        self.lora: LoraWeights | None = nnx.data(None)
+
+    def __call__(
+        self, x: Float[Array, "... in"], adapter_ids: Int[Array, "..."] | None = None
+    ) -> Float[Array, "... out"]:
+        """Computes in `x`'s dtype; parameters of another dtype are cast to it.
+
+        Args:
+          adapter_ids: one adapter for each row of `x` (its leading dimensions), or None for adapter 1 everywhere; ignored by a
+            layer that carries no adapters.
+        """
+        kernel = self.kernel.get_value()
+        if isinstance(kernel, jax.Array):
+            kernel = kernel.astype(x.dtype)
+        out = x @ kernel
+        if self.bias is not None:
+            out = out + self.bias.get_value().astype(x.dtype)
+        if self.lora is not None:
+            out = out + self.lora(x, adapter_ids)
+        return out
