@@ -1,8 +1,8 @@
 """Compile accounting: how many XLA programs were built, and how long that took.
 
-Static shapes are a promise (everything is compiled at start-up, nothing afterwards), and a promise needs a meter. JAX announces
-each backend compilation through `jax.monitoring`; one listener of this process adds them up, and a `CompileCounter` remembers
-where the sum stood when it was created.
+Static shapes are a promise (everything is compiled at start-up, nothing afterwards), and a promise needs a meter. JAX
+announces each backend compilation through `jax.monitoring`; one listener of this process adds them up, and a
+`CompileCounter` remembers where the sum stood when it was created.
 """
 
 import threading
@@ -11,13 +11,14 @@ from pathlib import Path
 import jax
 from jax import monitoring
 
-# Announced once for each program handed to the backend, also when the persistent cache then supplies the executable: a program
-# found in the cache was still traced and lowered, so it still is a broken promise after warm-up.
+# Announced once for each program handed to the backend, also when the persistent cache then supplies the executable: a
+# program found in the cache was still traced and lowered, so it still is a broken promise after warm-up.
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 class _Total:
-    """The process-wide sum. JAX has no public way to take a listener back, so there is exactly one, never one per counter."""
+    """The process-wide sum. JAX has no public way to take a listener back, so there is exactly one, never one per
+    counter."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -69,7 +70,8 @@ class CompileCounter:
 
 
 def use_compilation_cache(folder: str | Path) -> None:
-    """Keeps compiled programs of this process in `folder`, so that the next process with the same programs starts in a second.
+    """Keeps compiled programs of this process in `folder`, so that the next process with the same programs starts in a
+    second.
 
     Programs of every size and compile time are kept. Call before the first compilation: JAX opens its cache once.
     """
