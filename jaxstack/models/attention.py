@@ -1,11 +1,12 @@
 """What a decoder asks of its attention, and the dense form: the whole sequence at once, no cache.
 
-The decoder never decides how queries meet keys; it calls an `Attend`. Training and reference loops pass `dense_attention`,
-the engine passes its paged one, so all of them run the same decoder.
+The decoder never decides how queries meet keys; it calls an `Attend`. Training and reference loops pass
+`dense_attention`, the engine passes its paged one, so all of them run the same decoder.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,14 @@ from jaxtyping import Array, Bool, Float, Int
 FULL_WINDOW = 2**30
 """The window of a layer that sees everything before it: larger than any position."""
 
-# Low enough that exp() gives exactly 0 beside any real score, finite so that a row with every key masked (padding) averages
-# instead of dividing 0 by 0, which would put NaN into the gradients.
+# Low enough that exp() gives exactly 0 beside any real score, finite so that a row with every key masked (padding)
+# averages instead of dividing 0 by 0, which would put NaN into the gradients.
 _MASKED = -1e30
 
 
-class LayerContext(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerContext:
     """Which layer is asking.
 
     Attributes:
@@ -35,7 +38,7 @@ Attend = Callable[
     [Float[Array, "... T H hd"], Float[Array, "... T KV hd"], Float[Array, "... T KV hd"], LayerContext, Any],
     tuple[Float[Array, "... T H hd"], Any],
 ]
-"""`attend(q, k, v, layer, cache) -> (out, cache)`: q and k are already rotated; scaling by head_dim**-0.5 happens inside."""
+"""`attend(q, k, v, layer, cache) -> (out, cache)`: q and k come rotated; scaling by head_dim**-0.5 happens inside."""
 
 
 def dense_attention(
@@ -47,13 +50,16 @@ def dense_attention(
 ) -> Attend:
     """Causal attention over whole sequences, with packed documents and sliding windows; leaves the cache untouched.
 
-    A query sees the keys at or before it in the sequence, of its own segment, less than `window` positions back. Softmax is in
-    float32. Keys and values are not repeated for grouped queries. Sequences longer than `block_size` are done in blocks of
-    queries, each against the keys up to its own end and recomputed in the backward pass, so no [T, T] array exists.
+    A query sees the keys at or before it in the sequence, of its own segment, less than `window` positions back.
+    Softmax is in float32. Keys and values are not repeated for grouped queries. Sequences longer than `block_size` are
+    done in blocks of queries, each against the keys up to its own end and recomputed in the backward pass, so no [T, T]
+    array exists.
 
     Args:
-      segment_ids: the document each token belongs to, 0 for padding (finite, meaningless output); None for one document.
-      positions: token positions within their document, for the windows; None for 0..T-1. Must rise by 1 along a document.
+      segment_ids: the document each token belongs to, 0 for padding (finite, meaningless output); None for one
+        document.
+      positions: token positions within their document, for the windows; None for 0..T-1. Must rise by 1 along a
+        document.
       scale: multiplies the scores; None for head_dim**-0.5.
       block_size: queries per block.
     """

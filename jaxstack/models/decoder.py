@@ -1,14 +1,15 @@
 """The decoder-only transformer of the Llama, Qwen2, Qwen3 and Mistral families, in one file.
 
-Tokens are embedded, pass `num_layers` equal layers (attention and a gated MLP, each after an RMSNorm and added back), a last
-RMSNorm, and become float32 logits. Differences between families are fields of `DecoderConfig`; differences between layers are
-data. All layers are one `DecoderLayer` whose parameters carry a leading layer axis, run by one `jax.lax.scan`.
+Tokens are embedded, pass `num_layers` equal layers (attention and a gated MLP, each after an RMSNorm and added back), a
+last RMSNorm, and become float32 logits. Differences between families are fields of `DecoderConfig`; differences between
+layers are data. All layers are one `DecoderLayer` whose parameters carry a leading layer axis, run by one
+`jax.lax.scan`.
 
 Leading dimensions are free: a trainer passes `[B, T]` tokens, an engine one flat `[T]`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -52,7 +53,7 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     rms_norm_eps: float = 1e-6
-    rope: RopeConfig = RopeConfig()
+    rope: RopeConfig = field(default_factory=RopeConfig)
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
@@ -83,15 +84,15 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"head_dim: found {self.head_dim}, expected an even number (heads are rotated in halves)")
-        if not self.rms_norm_eps > 0:
-            raise UserError(f"rms_norm_eps: found {self.rms_norm_eps}, expected a positive number")
-        if not self.initializer_range >= 0:
-            raise UserError(f"initializer_range: found {self.initializer_range}, expected a number >= 0")
+        for name in ("rms_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                raise UserError(f"{name}: found {value!r}, expected a positive number")
         if not self.layer_windows:
             object.__setattr__(self, "layer_windows", (None,) * self.num_layers)
         if len(self.layer_windows) != self.num_layers:
             raise UserError(
-                f"layer_windows: found {len(self.layer_windows)} entries, expected one for each of {self.num_layers} layers"
+                f"layer_windows: found {len(self.layer_windows)} entries, expected one a layer, {self.num_layers}"
             )
         for window in self.layer_windows:
             if window is not None:
@@ -108,8 +109,8 @@ class DecoderConfig:
 
 
 def _require_positive_integer(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise UserError(f"{name}: found {value!r}, expected a positive integer")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+        raise UserError(f"{name}: found {value!r}, expected a positive integer below 2^31")
 
 
 class Decoder(nnx.Module):
@@ -175,7 +176,8 @@ class Decoder(nnx.Module):
           attend: how queries meet keys; see `jaxstack.models.attention`.
           cache: handed from layer to layer through `attend`; any pytree.
           adapter_ids: the LoRA adapter of each token; None for adapter 1 everywhere. Ignored without adapters.
-          remat: what a backward pass recomputes in each layer: nothing, all but the weight products ("dots"), or everything.
+          remat: what a backward pass recomputes in each layer: nothing, all but the weight products ("dots"), or
+            everything.
           compute_dtype: dtype of activations; None for the embedding's.
         """
         x = self.embed(tokens)
@@ -213,9 +215,11 @@ class Decoder(nnx.Module):
 
 
 def _per_layer(layers: "DecoderLayer"):
-    """Splits stacked layers for a scan: the arrays to scan over, and a function that rebuilds one layer inside the body.
+    """Splits stacked layers for a scan: the arrays to scan over, and a function that rebuilds one layer inside the
+    body.
 
-    Packed kernels are not scanned, since that would copy every layer's weights out of the stack; the body points into the stack.
+    Packed kernels are not scanned, since that would copy every layer's weights out of the stack; the body points into
+    the stack.
     """
     graphdef, state = nnx.split(layers)
     leaves = dict(nnx.to_flat_state(state))
@@ -272,7 +276,7 @@ class DecoderLayer(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """`weight * cast(x / sqrt(mean(x^2) + eps))`: statistics in float32, cast back, then multiplied, in Llama's order."""
+    """`weight * cast(x / sqrt(mean(x^2) + eps))`: statistics in float32, cast, then multiplied: Llama's order."""
 
     def __init__(self, features: int, eps: float, param_dtype: jnp.dtype):
         self.eps = eps
@@ -287,7 +291,8 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Projections to heads, optional head norms, rotation, `attend`, and the projection back.
 
-    Holds `q_proj`, `k_proj`, `v_proj`; or, in a serving decoder, one `qkv_proj` with their kernels side by side and the three None.
+    Holds `q_proj`, `k_proj`, `v_proj`; or, in a serving decoder, one `qkv_proj` with their kernels side by side and the
+    three None.
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype):
@@ -324,7 +329,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """`down_proj(silu(gate_proj(x)) * up_proj(x))`; a serving decoder holds one `gate_up_proj` instead of the first two."""
+    """`down_proj(silu(gate_proj(x)) * up_proj(x))`; a serving decoder holds one `gate_up_proj` for the first two."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype):
         self.intermediate_size = config.intermediate_size

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 
 class LoraParam(nnx.Param):
-    """A trainable low-rank factor. Its own type, so that `nnx.Param` filters can tell adapters from the frozen model."""
+    """A trainable low-rank factor. A type of its own, so that filters tell adapters from the model."""
 
 
 class LoraWeights(nnx.Module):
@@ -35,7 +35,7 @@ class LoraWeights(nnx.Module):
         self.scale = nnx.Variable(scale)
 
     def __call__(self, x: Float[Array, "... in"], adapter_ids: Int[Array, "..."] | None) -> Float[Array, "... out"]:
-        """The adapters' addition to the layer's output; `adapter_ids` gives one adapter a row, None is adapter 1 for all."""
+        """The adapters' addition to the output; `adapter_ids` names one adapter a row, None is adapter 1 for all."""
         a, b, scale = (v.get_value().astype(x.dtype) for v in (self.a, self.b, self.scale))
         if adapter_ids is None:
             return scale[1] * ((x @ a[1]) @ b[1])
@@ -76,8 +76,8 @@ class Linear(nnx.Module):
         """Computes in `x`'s dtype; parameters of another dtype are cast to it.
 
         Args:
-          adapter_ids: one adapter for each row of `x` (its leading dimensions), or None for adapter 1 everywhere; ignored by a
-            layer that carries no adapters.
+          adapter_ids: one adapter for each row of `x` (its leading dimensions), or None for adapter 1 everywhere;
+            ignored by a layer that carries no adapters.
         """
         kernel = self.kernel.get_value()
         if isinstance(kernel, jax.Array):

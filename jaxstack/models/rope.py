@@ -1,4 +1,4 @@
-"""Rotary position embeddings (Su et al. 2021) in the half-split form, and the scalings that stretch them to longer contexts."""
+"""Rotary position embeddings (Su et al. 2021), half-split, and the scalings that stretch them to longer contexts."""
 
 import math
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ class RopeConfig:
 
     Attributes:
       theta: the base; pair `d` of a head turns by `position * theta ** (-2 d / head_dim)` radians.
-      rope_type: "default", "linear" (every frequency divided by `factor`), "llama3" (long wavelengths divided, short kept) or
-        "yarn" (Peng et al. 2023).
+      rope_type: "default", "linear" (every frequency divided by `factor`), "llama3" (long wavelengths divided, short
+        kept) or "yarn" (Peng et al. 2023).
       factor: how many times longer than the pretraining context; ignored by "default".
       original_max_position_embeddings: the pretraining context in tokens; "llama3" and "yarn" need it.
       low_freq_factor, high_freq_factor: "llama3": wavelengths above original/low are divided, below original/high kept.
-      beta_fast, beta_slow, truncate: "yarn": rotations within the original context where the ramp ends and begins, and whether
-        its ends are rounded to whole dimensions.
+      beta_fast, beta_slow, truncate: "yarn": rotations within the original context where the ramp ends and begins, and
+        whether its ends are rounded to whole dimensions.
       attention_factor: "yarn": multiplies cos and sin; None for 0.1 ln(factor) + 1.
 
     Raises:
@@ -69,7 +69,7 @@ class RopeConfig:
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Float[np.ndarray, "half"], float]:
-    """Radians per position of each pair of a head, float32 `[head_dim // 2]`, and the factor on cos and sin (1 except yarn)."""
+    """Radians per position of each pair of a head, float32, and the factor on cos and sin (1 except yarn)."""
     # float32 throughout and in the reference implementations' order: these models were trained with those roundings.
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     frequencies = (np.float32(1) / np.float32(rope.theta) ** exponents).astype(np.float32)
@@ -121,7 +121,8 @@ def rotation(
 def rotate(
     x: Float[Array, "... T heads hd"], cos: Float[Array, "... T half"], sin: Float[Array, "... T half"]
 ) -> Float[Array, "... T heads hd"]:
-    """Turns every head by its position's angles: `(x1 cos - x2 sin, x2 cos + x1 sin)` with x1, x2 the head's two halves.
+    """Turns every head by its position's angles: `(x1 cos - x2 sin, x2 cos + x1 sin)` with x1, x2 the head's two
+    halves.
 
     Computed in float32, returned in `x`'s dtype.
     """
