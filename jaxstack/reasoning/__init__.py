@@ -1,0 +1,16 @@
+"""Tasks, their graders, and the data that teaches them.
+
+A problem (`countdown.Problem`) becomes a text (`traces.Sample`), a text becomes training rows
+(`datasets.write_dataset`), a model trained on those answers held-out problems, and `countdown.grade` says which answers
+are right, and why not.
+
+    countdown.py    Countdown-3: problems, split, canonical search, grader
+    traces.py       search traces, direct answers, base-skill documents
+    tokenizer.py    the word-level tokenizer and chat template of the embedded models
+    datasets.py     named data sets as JSONL files that `jaxstack.training` reads
+"""
+
+from jaxstack.reasoning.countdown import Grade, Problem, candidates, grade, held_out, parse_problem, solve
+from jaxstack.reasoning.datasets import write_dataset
+
+__all__ = ["Grade", "Problem", "candidates", "grade", "held_out", "parse_problem", "solve", "write_dataset"]
