@@ -1,0 +1,104 @@
+"""`matmul(x, w)`: float32 products with weights that are plain arrays or packed for the CPU.
+
+A plain `w [K, N]` goes to XLA's dot on every platform, for training and for accelerators. `pack` stores weights once in the order
+a CPU streams them from memory; `matmul` then runs a compiled kernel (packed_matmul.cc) several times faster at the few rows of a
+decode step. A stack of layers stays one array: inside a scan, `packed.at_layer(index)` names a layer and copies nothing.
+
+    source packed_matmul.cc -> build.py (compile, cache) -> cpu.py (XLA custom call) <- packed.py (the layout)
+    ref.py: the oracle       xla.py: what XLA compiles itself, also for packed weights where there is no compiler
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kernels.matmul import cpu, ref, xla
+from kernels.matmul.cpu import available, why_not
+from kernels.matmul.packed import PANEL_COLUMNS, PackedWeight, pack, pack_transposed
+
+__all__ = [
+    "PANEL_COLUMNS",
+    "Implementation",
+    "PackedWeight",
+    "available",
+    "matmul",
+    "pack",
+    "pack_transposed",
+    "why_not",
+]
+
+Implementation = Literal["ref", "xla", "cpu"]
+
+
+def matmul(
+    x: Float[Array, "... K"],
+    w: Float[Array, "K N"] | PackedWeight,
+    *,
+    implementation: Implementation | None = None,
+) -> Float[Array, "... N"]:
+    """`x @ w`.
+
+    Args:
+      x: any leading axes.
+      w: a plain matrix, or a `PackedWeight` (one matrix, or a stack with `at_layer` chosen), whose result is float32 and, by the
+        "cpu" implementation, bit-identical for a row whatever other rows are in the batch.
+      implementation: "ref" (the oracle), "xla" (XLA's own), "cpu" (the compiled kernel, packed weights only). None is XLA's dot
+        for a plain matrix; for a packed one the compiled kernel where it can run, else the "xla" form.
+
+    Raises:
+      ValueError: shapes that do not fit, an unknown implementation, or "cpu" with a plain matrix.
+      TypeError: on differentiation or `jax.vmap` with a packed weight; a packed weight with an `x` that is not floating point.
+      RuntimeError: implementation="cpu" where the kernel cannot be built.
+    """
+    if implementation not in (None, "ref", "xla", "cpu"):
+        raise ValueError(f"matmul: unknown implementation {implementation!r}; expected None, 'ref', 'xla' or 'cpu'")
+    if not isinstance(w, PackedWeight):
+        if implementation == "cpu":
+            raise ValueError("matmul: implementation='cpu' takes a PackedWeight; pack(w) makes one")
+        return ref.matmul(x, w) if implementation == "ref" else xla.matmul(x, w)
+    if w.ndim != 2:
+        raise ValueError(
+            f"matmul: the packed weight is a stack of shape {w.shape}; choose a matrix with at_layer(index)"
+        )
+    if x.ndim == 0 or x.shape[-1] != w.shape[0]:
+        raise ValueError(f"matmul: x of shape {tuple(x.shape)} does not fit a weight of shape {w.shape}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"matmul: a packed weight takes floating point rows, found {x.dtype}")
+    if 0 in x.shape or 0 in w.shape:
+        return jnp.zeros((*x.shape[:-1], w.out_features), jnp.float32)
+    return _serve_only(implementation, x.astype(jnp.float32), w)
+
+
+def _packed(implementation: Implementation | None, x: Array, w: PackedWeight) -> Array:
+    if implementation == "ref":
+        return ref.matmul(x, w)
+    if implementation == "xla":
+        return xla.matmul(x, w)
+    if implementation == "cpu":
+        return cpu.matmul(x, w)
+    if not available():
+        return xla.matmul(x, w)
+    # By the platform the program is compiled for, not the one it is traced on.
+    return jax.lax.platform_dependent(x, w, cpu=cpu.matmul, default=xla.matmul)
+
+
+def _serve_only(implementation: Implementation | None, x: Array, w: PackedWeight) -> Array:
+    """The product, wrapped so that differentiation and vmap fail with a sentence instead of a trace through the custom call."""
+
+    @jax.custom_batching.custom_vmap
+    def product(x: Array, w: PackedWeight) -> Array:
+        return _packed(implementation, x, w)
+
+    @product.def_vmap
+    def _no_vmap(axis_size, in_batched, x, w):
+        raise TypeError("matmul: jax.vmap over a PackedWeight product is not supported; give x the extra axis instead")
+
+    guarded = jax.custom_jvp(product)
+
+    @guarded.defjvp
+    def _no_gradient(primals, tangents):
+        raise TypeError("matmul: a PackedWeight is for serving and has no gradient; use the plain matrix (w.unpack())")
+
+    return guarded(x, w)
