@@ -1,0 +1,118 @@
+"""The engine's settings, checked on construction, and the sizes that follow from them."""
+
+import dataclasses
+from typing import Literal
+
+import psutil
+
+from jaxstack.engine.batch import BatchShape
+from jaxstack.models.decoder import DecoderConfig
+from jaxstack.runtime.errors import UserError
+
+_SMALLEST_MIXED_STEP = 64
+_CPU_CACHE_SHARE, _CPU_CACHE_BYTES = 0.25, 4 * 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """Settings of one replica. None means: chosen from the model and the machine.
+
+    Args:
+      max_sequences: answers generated at once.
+      max_batch_tokens: tokens of one step; longer prompts are computed in chunks.
+      max_model_len: prompt and answer together, in tokens; at most what the model was made for.
+      page_size: tokens in a page of the KV cache, a power of two.
+      num_pages: pages of the KV cache; by default a quarter of the free memory, 4 GiB at the most.
+      prefix_caching: keep the keys and values of finished prompts and answers for later prompts with the same beginning.
+      dtype: of weights, activations and cache; "auto" is float32 on CPU and bfloat16 elsewhere.
+      pack_weights: lay weights out for the CPU kernel of `kernels.matmul`; by default wherever that kernel runs.
+      max_waiting: requests waiting beyond which a new one is refused.
+      seed: of the generator that gives seeds to requests without one.
+    """
+
+    max_sequences: int = 32
+    max_batch_tokens: int = 512
+    max_model_len: int | None = None
+    page_size: int = 16
+    num_pages: int | None = None
+    prefix_caching: bool = True
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    pack_weights: bool | None = None
+    max_waiting: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_sequences", "max_batch_tokens", "page_size", "max_waiting"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: found {getattr(self, name)}, expected an integer >= 1")
+        if self.page_size & (self.page_size - 1):
+            raise UserError(f"page_size: found {self.page_size}, expected a power of two")
+        if self.max_batch_tokens < self.max_sequences:
+            raise UserError(
+                f"max_batch_tokens: found {self.max_batch_tokens}, expected at least max_sequences = {self.max_sequences}"
+            )
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise UserError(f"dtype: found {self.dtype!r}, expected auto, float32 or bfloat16")
+        for name in ("max_model_len", "num_pages"):
+            value = getattr(self, name)
+            if value is not None and value < 2:
+                raise UserError(f"{name}: found {value}, expected an integer >= 2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What `EngineConfig` comes to for one model."""
+
+    max_model_len: int
+    num_pages: int
+    shapes: tuple[BatchShape, ...]
+
+
+def sizes(config: EngineConfig, model: DecoderConfig, dtype_bytes: int) -> Sizes:
+    """Window, pages and batch shapes.
+
+    Raises:
+      UserError: a window beyond the model's positions, or fewer than two pages for each running sequence.
+    """
+    window = config.max_model_len or model.max_position_embeddings
+    if window > model.max_position_embeddings:
+        raise UserError(
+            f"max_model_len: found {window}, expected at most the model's max_position_embeddings = "
+            f"{model.max_position_embeddings}"
+        )
+    pages = config.num_pages
+    if pages is None:
+        page_bytes = model.num_layers * config.page_size * 2 * model.num_kv_heads * model.head_dim * dtype_bytes
+        room = min(_CPU_CACHE_SHARE * psutil.virtual_memory().available, _CPU_CACHE_BYTES)
+        useful = 4 * config.max_sequences * -(-window // config.page_size)
+        pages = min(int(room // page_bytes), useful)
+    if pages < 2 * config.max_sequences:
+        raise UserError(
+            f"num_pages: found {pages}, expected at least 2 for each of max_sequences = {config.max_sequences}; "
+            "lower max_sequences or free memory"
+        )
+    window = min(window, pages * config.page_size)
+    table = -(-window // config.page_size)
+    return Sizes(
+        window,
+        pages,
+        tuple(BatchShape(rows, rows, table) for rows in _decode_rows(config.max_sequences))
+        + tuple(BatchShape(rows, config.max_sequences, table) for rows in _mixed_rows(config)),
+    )
+
+
+def _decode_rows(limit: int) -> list[int]:
+    """1, 4, 8, 16, 24, 32, 48, 64, 96, ...: at most half of a step's rows are padding, a third on average much less."""
+    rows = [1, 4, 8] + [size for power in range(4, 20) for size in (2**power, 3 * 2 ** (power - 1))]
+    return [r for r in rows if r < limit] + [limit]
+
+
+def _mixed_rows(config: EngineConfig) -> list[int]:
+    """Powers of two from 64 up to the token budget, always more than the sequences so that they are no decode steps."""
+    rows, size = [], _SMALLEST_MIXED_STEP
+    while size <= config.max_sequences:
+        size *= 2
+    while size < config.max_batch_tokens:
+        rows.append(size)
+        size *= 2
+    return [*rows, max(config.max_batch_tokens, config.max_sequences + 1)]

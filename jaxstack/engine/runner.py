@@ -1,0 +1,155 @@
+"""The only file of the engine that touches device arrays: weights, the KV cache, and one compiled program per batch shape.
+
+Every shape is compiled by `warm_up`; a step then calls the compiled program itself, so a batch of an unforeseen shape is an error and never
+a silent compilation. The cache is donated: each step updates it in place.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence as Seq
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from jaxstack.engine.batch import BatchShape, HostBatch, cut, size
+from jaxstack.engine.request import TokenLogprob
+from jaxstack.engine.sampling import RowParams, Sampled, sample
+from jaxstack.models.decoder import Decoder
+from jaxstack.runtime.compilation import CompileCounter
+from kernels.paged_attention import paged_attention, ragged
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFuture:
+    """A launched step. `tokens()` waits for it."""
+
+    batch: HostBatch
+    sampled: Sampled
+
+    def tokens(self) -> list[int]:
+        """One token per sequence row; -1 where the logits were not finite. Rows that do not sample hold nothing of use."""
+        return np.asarray(self.sampled.token).tolist()
+
+    def logprobs(self, row: int, alternatives: int) -> TokenLogprob:
+        """Of the token drawn in `row`, with the likeliest `alternatives`."""
+        ids = np.asarray(self.sampled.top_tokens)[row, :alternatives].tolist()
+        values = np.asarray(self.sampled.top_logprobs)[row, :alternatives].tolist()
+        token = int(np.asarray(self.sampled.token)[row])
+        return TokenLogprob(token, float(np.asarray(self.sampled.logprob)[row]), tuple(zip(ids, values)))
+
+
+class Runner:
+    """Runs steps of one decoder.
+
+    Args:
+      decoder: the weights; may be in serving layout (`jaxstack.models.serving_layout`).
+      shapes: the batch shapes to compile.
+      num_pages, page_size: the KV cache holds one page more, where padding rows write.
+      vocab_size: token ids at or beyond it are never drawn (a model's table may be padded beyond its tokenizer's).
+      dtype: of activations and cache.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        shapes: Seq[BatchShape],
+        *,
+        num_pages: int,
+        page_size: int,
+        vocab_size: int,
+        dtype: jnp.dtype,
+    ):
+        self.config = decoder.config
+        self.shapes = tuple(shapes)
+        self.page_size = page_size
+        self.dtype = jnp.dtype(dtype)
+        self._vocab_size = vocab_size
+        self._graph, self._weights = nnx.split(decoder)
+        heads, head_dim = self.config.num_kv_heads, self.config.head_dim
+        self._cache_shape = (self.config.num_layers, num_pages + 1, page_size, 2 * heads, head_dim)
+        self._cache = jnp.zeros(self._cache_shape, self.dtype)
+        self._steps: dict[BatchShape, Callable] = {}
+        self._counter = CompileCounter()
+
+    @property
+    def cache_bytes(self) -> int:
+        return self._cache.nbytes
+
+    @property
+    def warm(self) -> bool:
+        return len(self._steps) == len(self.shapes)
+
+    @property
+    def warm_fraction(self) -> float:
+        """How much of the warm-up is done, 0 to 1."""
+        return len(self._steps) / len(self.shapes)
+
+    @property
+    def recompilations(self) -> int:
+        """Programs compiled in this process since the warm-up ended. Zero is the promise."""
+        return self._counter.count if self.warm else 0
+
+    def warm_up(self, progress: bool = True) -> None:
+        """Compiles every shape and runs it once, so that the first request meets no surprise."""
+        if self.warm:
+            return
+        bar = tqdm(self.shapes, desc="compiling", unit="step", file=sys.stderr, disable=not progress, leave=False)
+        for shape in bar:
+            ints, floats = np.zeros(size(shape.int_fields), np.int32), np.zeros(size(shape.float_fields), np.float32)
+            fields = cut(ints, shape.int_fields)
+            fields["write_slots"][:] = (self._cache_shape[1] - 1) * self.page_size
+            compiled = self.compile(shape)
+            self._cache, sampled = compiled(self._weights, self._cache, ints, floats)
+            jax.block_until_ready(sampled)
+            self._steps[shape] = compiled
+        self._counter.reset()
+
+    def compile(self, shape: BatchShape):
+        """The compiled program of one shape (`jax.stages.Compiled`)."""
+        ints = jax.ShapeDtypeStruct((size(shape.int_fields),), jnp.int32)
+        floats = jax.ShapeDtypeStruct((size(shape.float_fields),), jnp.float32)
+
+        def step(weights, cache, ints, floats):
+            return self._step(shape, weights, cache, ints, floats)
+
+        return jax.jit(step, donate_argnums=(1,)).lower(self._weights, self._cache, ints, floats).compile()
+
+    def launch(self, batch: HostBatch) -> StepFuture:
+        """Starts a step and returns at once."""
+        self._cache, sampled = self._steps[batch.shape](self._weights, self._cache, batch.ints, batch.floats)
+        return StepFuture(batch, sampled)
+
+    def reset_cache(self) -> None:
+        """A new empty cache, for when a failed step has consumed the old one."""
+        self._cache = jnp.zeros(self._cache_shape, self.dtype)
+
+    def _step(self, shape: BatchShape, weights, cache, ints, floats):
+        f, g = cut(ints, shape.int_fields), cut(floats, shape.float_fields)
+        decoder = nnx.merge(self._graph, weights)
+        batch = ragged(f["block_tables"], f["kv_lens"], f["query_starts"], f["num_decodes"], rows=shape.rows)
+        page, offset = f["write_slots"] // self.page_size, f["write_slots"] % self.page_size
+        scale = self.config.head_dim**-0.5
+
+        def attend(q, k, v, layer, cache):
+            fresh = jnp.stack([k, v], axis=2).reshape(shape.rows, *self._cache_shape[3:]).astype(cache.dtype)
+            cache = cache.at[layer.index, page, offset].set(fresh, mode="promise_in_bounds")
+            return paged_attention(q, cache, layer.index, batch, scale=scale, window=layer.window), cache
+
+        hidden, cache = decoder.hidden(f["tokens"], f["positions"], attend, cache, compute_dtype=self.dtype)
+        last = jnp.maximum(f["query_starts"][1:] - 1, 0)
+        logits = decoder.logits(hidden if shape.decode else hidden[last])
+        if logits.shape[-1] > self._vocab_size:
+            logits = jnp.where(jnp.arange(logits.shape[-1]) < self._vocab_size, logits, -jnp.inf)
+        params = RowParams(
+            g["temperature"],
+            g["top_p"],
+            f["top_k"],
+            jax.lax.bitcast_convert_type(f["seed"], jnp.uint32),
+            f["choice"],
+            f["sample_position"],
+            f["wants_logprobs"],
+        )
+        return cache, sample(logits, params)

@@ -1,0 +1,286 @@
+"""What the next step computes: which sequences, which of their tokens, on which pages. Plain Python, no jax.
+
+One step: decode rows first (so that a long prompt never delays a running answer by more than one step), then prompts that are partly
+computed, then new ones as the policy orders them, each as far as the token budget, the slots and the pages go. When a running
+sequence needs a page and none is left, cached prefixes are evicted, then the policy's victim is preempted: its whole pages go to the
+prefix cache, so that coming back is mostly a cache hit.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable
+
+from jaxstack.engine.memory import PagePool, RadixTree
+from jaxstack.engine.request import Sequence
+from jaxstack.engine.scheduling import Policy
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Tokens `[start, start + count)` of a sequence. `samples`: they reach its end, so a new token is drawn."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    samples: bool
+
+
+@dataclasses.dataclass
+class StepPlan:
+    """Rows of one step, single-token ones first. `decodes` counts those."""
+
+    rows: list[Row]
+    decodes: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(row.count for row in self.rows)
+
+
+@dataclasses.dataclass
+class SchedulerCounters:
+    """Running totals since the start. Prefix figures are in tokens."""
+
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
+
+
+class Scheduler:
+    """Owns the waiting and running sequences, the page pool and the prefix cache.
+
+    Args:
+      policy: orders the waiting sequences and picks victims.
+      num_pages, page_size: the KV cache. A sequence must fit alone: the engine refuses others when they arrive.
+      max_sequences: sequences running at once (rows of a step).
+      max_batch_tokens: tokens of one step, at least `max_sequences`.
+      prefix_caching: keep finished prefixes for reuse.
+      clock: seconds, monotonic; a simulator passes its own.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        num_pages: int,
+        page_size: int,
+        max_sequences: int,
+        max_batch_tokens: int,
+        prefix_caching: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self.policy = policy
+        self.page_size = page_size
+        self.max_sequences = max_sequences
+        self.max_batch_tokens = max_batch_tokens
+        self.prefix_caching = prefix_caching
+        self.pool = PagePool(num_pages)
+        self.tree = RadixTree(self.pool, page_size)
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.counters = SchedulerCounters()
+        self._clock = clock
+        self._slots = list(range(max_sequences - 1, -1, -1))
+
+    # What a policy may look at (`SchedulerView`).
+
+    @property
+    def now_s(self) -> float:
+        return self._clock()
+
+    @property
+    def free_pages(self) -> int:
+        return self.pool.free + self.tree.evictable
+
+    def cached_tokens(self, sequence: Sequence) -> int:
+        """Tokens of `sequence` that the prefix cache holds now."""
+        return (
+            self.tree.peek(self._keys(sequence, self._sharable(sequence)), sequence.request.namespace) * self.page_size
+        )
+
+    # The way of a sequence: add, plan and commit (again and again), finish.
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def plan(self) -> StepPlan:
+        """The next step's rows, with pages allocated for every one of them. Empty when there is nothing to do."""
+        rows: dict[Sequence, Row] = {}
+        decoding = [s for s in self.running if s.remaining == 1]
+        prefilling = [s for s in self.running if s.remaining > 1]
+        budget = self.max_batch_tokens
+        for sequence in decoding:
+            if sequence.slot >= 0 and self._reserve(sequence, len(sequence.tokens), rows):
+                rows[sequence] = Row(sequence, sequence.computed, 1, True)
+                budget -= 1
+        for sequence in prefilling:
+            budget -= self._chunk(sequence, budget, rows)
+        if self.waiting and budget > 0 and self._slots:
+            self._admit(budget, rows)
+        chosen = list(rows.values())
+        decodes = [r for r in chosen if r.count == 1 and r.samples]
+        chunks = [r for r in chosen if not (r.count == 1 and r.samples)]
+        return StepPlan(decodes + chunks, len(decodes))
+
+    def commit(self, plan: StepPlan) -> None:
+        """The step is over: its keys and values are in the cache. New prompt pages become shareable at once."""
+        for row in plan.rows:
+            sequence = row.sequence
+            if sequence.slot < 0:
+                continue
+            sequence.computed = row.start + row.count
+            if row.count > 1 or not row.samples:
+                self._share(sequence)
+            fresh = max(0, min(sequence.computed, len(sequence.request.prompt)) - row.start)
+            self.policy.on_tokens(sequence, fresh, int(row.samples))
+
+    def finish(self, sequence: Sequence, *, keep: bool = True) -> None:
+        """Takes `sequence` out and frees its pages; with `keep` its whole pages stay in the prefix cache."""
+        if sequence.slot < 0:
+            self.waiting.remove(sequence)
+        else:
+            self._release(sequence, keep=keep)
+            self.running.remove(sequence)
+        self.policy.on_finish(sequence)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """`sequence` gives up its pages and waits again; it will recompute what the prefix cache has lost by then."""
+        self._release(sequence, keep=True)
+        self.running.remove(sequence)
+        self.waiting.append(sequence)
+        self.counters.preemptions += 1
+
+    def check_accounting(self) -> None:
+        """Raises AssertionError unless every page is free, the tree's, or private to exactly one sequence."""
+        private = [page for s in self.running for page in s.pages[s.shared_pages :]]
+        shared = [page for node in self.tree.nodes() for page in node.pages]
+        assert len(private) == len(set(private)) == self.pool.private, "private pages"
+        assert len(shared) == len(set(shared)) == self.pool.tree, "tree pages"
+        assert not set(private) & set(shared), "a page with two owners"
+        assert self.pool.free + len(private) + len(shared) == self.pool.size, "pages lost"
+        locked = sum(len(node.pages) for node in self.tree.nodes() if node.lock)
+        assert self.tree.evictable == len(shared) - locked, "evictable count"
+        assert all(s.pages[: s.shared_pages] == self._path(s.node) for s in self.running if s.node), "shared prefix"
+
+    # Inside.
+
+    def _chunk(self, sequence: Sequence, budget: int, rows: dict[Sequence, Row]) -> int:
+        """Plans as much of a prompt as `budget` allows; returns the tokens planned."""
+        count = min(sequence.remaining, budget)
+        if count <= 0 or sequence.slot < 0 or not self._reserve(sequence, sequence.computed + count, rows):
+            return 0
+        rows[sequence] = Row(sequence, sequence.computed, count, count == sequence.remaining)
+        return count
+
+    def _admit(self, budget: int, rows: dict[Sequence, Row]) -> None:
+        for sequence in list(self.policy.order(self.waiting, self)):
+            if budget <= 0 or not self._slots:
+                return
+            assert isinstance(sequence, Sequence)
+            namespace = sequence.request.namespace
+            keys = self._keys(sequence, self._sharable(sequence)) if self.prefix_caching else []
+            if keys and self._prefix_in_flight(sequence, keys):
+                continue
+            match = self.tree.match(keys, namespace)
+            self.tree.lock(match.node)
+            needed = self._pages_for(len(sequence.tokens)) - len(match.pages)
+            watermark = (len(self.running) + self.pool.size // 100) if self.running else 0
+            if needed > self.free_pages - watermark:
+                self.tree.unlock(match.node)
+                return
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+            sequence.slot = self._slots.pop()
+            sequence.node, sequence.pages = match.node, list(match.pages)
+            sequence.shared_pages = len(match.pages)
+            sequence.computed = len(match.pages) * self.page_size
+            request = sequence.request
+            if request.cached_tokens is None:
+                request.cached_tokens = sequence.computed
+                self.counters.prefix_queries += len(request.prompt)
+                self.counters.prefix_hits += sequence.computed
+            if request.scheduled_s is None:
+                request.scheduled_s = self.now_s
+            self.policy.on_admit(sequence, sequence.computed)
+            budget -= self._chunk(sequence, budget, rows)
+
+    def _prefix_in_flight(self, sequence: Sequence, keys: list[tuple[int, ...]]) -> bool:
+        """Whether a running prompt is about to compute the page `sequence` lacks next: then it pays to wait for it."""
+        have = self.tree.peek(keys, sequence.request.namespace)
+        if have == len(keys):
+            return False
+        for other in self.running:
+            if other.computed >= (have + 1) * self.page_size or other.request.namespace != sequence.request.namespace:
+                continue
+            theirs = self._keys(other, self._sharable(other))
+            if len(theirs) > have and theirs[have] == keys[have] and theirs[:have] == keys[:have]:
+                return True
+        return False
+
+    def _reserve(self, sequence: Sequence, tokens: int, rows: dict[Sequence, Row]) -> bool:
+        """Pages for the first `tokens` tokens; evicts and preempts as needed. False: `sequence` itself was preempted."""
+        need = self._pages_for(tokens) - len(sequence.pages)
+        while need > self.pool.free:
+            if self.tree.evict(need - self.pool.free):
+                continue
+            oldest = min(self.running, key=lambda s: s.order)
+            victim = self.policy.victim([s for s in self.running if s is not oldest])
+            assert isinstance(victim, Sequence)
+            rows.pop(victim, None)
+            self.preempt(victim)
+            if victim is sequence:
+                return False
+        if need > 0:
+            sequence.pages.extend(self.pool.allocate(need))
+        return True
+
+    def _share(self, sequence: Sequence) -> None:
+        """Puts the whole computed pages of `sequence` into the tree and locks them there."""
+        full = sequence.computed // self.page_size
+        if not self.prefix_caching or full <= sequence.shared_pages:
+            return
+        match = self.tree.insert(self._keys(sequence, full), sequence.pages[:full], sequence.request.namespace)
+        for i in range(sequence.shared_pages, full):
+            if match.pages[i] != sequence.pages[i]:  # another sequence was first: use its page, free ours
+                self.pool.release([sequence.pages[i]])
+                sequence.pages[i] = match.pages[i]
+        self.tree.lock(match.node)
+        if sequence.node is not None:
+            self.tree.unlock(sequence.node)
+        sequence.node, sequence.shared_pages = match.node, full
+
+    def _release(self, sequence: Sequence, *, keep: bool) -> None:
+        if keep:
+            self._share(sequence)
+        self.pool.release(sequence.pages[sequence.shared_pages :])
+        if sequence.node is not None:
+            self.tree.unlock(sequence.node)
+        self._slots.append(sequence.slot)
+        sequence.pages, sequence.shared_pages, sequence.node = [], 0, None
+        sequence.slot, sequence.computed = -1, 0
+
+    def _pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)
+
+    def _sharable(self, sequence: Sequence) -> int:
+        """Pages that a cache hit may cover: at least one token must be left to compute."""
+        return (len(sequence.tokens) - 1) // self.page_size
+
+    def _keys(self, sequence: Sequence, pages: int) -> list[tuple[int, ...]]:
+        size, keys = self.page_size, sequence.keys
+        for i in range(len(keys), pages):
+            keys.append(tuple(sequence.tokens[i * size : (i + 1) * size]))
+        return keys if len(keys) == pages else keys[:pages]
+
+    def _path(self, node) -> list[int]:
+        """Pages from the root to `node`."""
+        pages: list[list[int]] = []
+        while node is not None:
+            pages.append(node.pages)
+            node = node.parent
+        return [page for run in reversed(pages) for page in run]
+
+
+def abortable(sequences: Iterable[Sequence], request_id: str) -> list[Sequence]:
+    """The sequences of one request among `sequences`."""
+    return [s for s in sequences if s.request.request_id == request_id]
