@@ -1,0 +1,78 @@
+"""Weights rearranged for inference: fewer, larger products, and matrices in the order the CPU reads them.
+
+The same functions of the same numbers: a served decoder gives the logits of the one it was made from, up to rounding.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxstack.models.decoder import Decoder
+from jaxstack.models.linear import Linear, LoraParam
+from jaxstack.runtime.errors import UserError
+from kernels import matmul
+
+
+def fuse_for_serving(decoder: Decoder, *, pack: bool, consume: bool = False) -> Decoder:
+    """A decoder whose q, k, v projections are one `qkv_proj` and whose gate and up projections are one `gate_up_proj`.
+
+    What is not rearranged (embedding, norms, and without `pack` the output projections) is shared with `decoder`.
+
+    Args:
+      decoder: as loaded or trained.
+      pack: also store every matrix of the layers and the output matrix as a float32 `kernels.matmul.PackedWeight`; a tied
+        output matrix then exists a second time, packed.
+      consume: rearrange `decoder` itself, freeing each stack of weights once it has been replaced (peak memory: the model
+        and one such stack) instead of leaving it usable.
+
+    Raises:
+      UserError: the decoder carries LoRA adapters, or is rearranged already.
+    """
+    if jax.tree.leaves(nnx.state(decoder, LoraParam)):
+        raise UserError("a decoder that carries LoRA adapters cannot be fused for serving; merge them into it first")
+    if decoder.layers.self_attn.qkv_proj is not None:
+        raise UserError("the decoder is rearranged for serving already")
+    if not consume:
+        decoder = nnx.merge(*nnx.split(decoder))
+
+    attention, mlp = decoder.layers.self_attn, decoder.layers.mlp
+    attention.qkv_proj = _side_by_side((attention.q_proj, attention.k_proj, attention.v_proj))
+    attention.q_proj = attention.k_proj = attention.v_proj = nnx.data(None)
+    if pack:
+        _pack_kernel(attention.qkv_proj)
+        _pack_kernel(attention.o_proj)
+    mlp.gate_up_proj = _side_by_side((mlp.gate_proj, mlp.up_proj))
+    mlp.gate_proj = mlp.up_proj = nnx.data(None)
+    if pack:
+        _pack_kernel(mlp.gate_up_proj)
+        _pack_kernel(mlp.down_proj)
+        _pack_head(decoder)
+    return decoder
+
+
+def _side_by_side(parts: Sequence[Linear | None]) -> Linear:
+    """One Linear with the parts' kernels and biases concatenated on the output axis; the first part becomes it."""
+    linears = [part for part in parts if part is not None]
+    fused = linears[0]
+    fused.kernel.set_value(jnp.concatenate([part.kernel.get_value() for part in linears], axis=-1))
+    if fused.bias is not None:
+        fused.bias.set_value(
+            jnp.concatenate([part.bias.get_value() for part in linears if part.bias is not None], axis=-1)
+        )
+    return fused
+
+
+def _pack_kernel(linear: Linear) -> None:
+    linear.kernel = nnx.Param(matmul.pack(linear.kernel.get_value()))
+
+
+def _pack_head(decoder: Decoder) -> None:
+    if decoder.lm_head is not None:
+        _pack_kernel(decoder.lm_head)
+        return
+    config = decoder.config
+    head = nnx.eval_shape(lambda: Linear(config.hidden_size, config.vocab_size, rngs=nnx.Rngs(0)))
+    head.kernel = nnx.Param(matmul.pack_transposed(decoder.embed.embedding.get_value()))
+    decoder.lm_head = head
