@@ -22,6 +22,7 @@ from jaxstack.models.attention import FULL_WINDOW, Attend, LayerContext
 from jaxstack.models.linear import Linear
 from jaxstack.models.rope import RopeConfig, rotate, rotation
 from jaxstack.runtime.errors import UserError
+from kernels.matmul import PackedWeight
 
 Remat = Literal["none", "dots", "full"]
 
@@ -210,7 +211,7 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Output scores in float32."""
         if self.lm_head is not None:
-            return self.lm_head(hidden).astype(jnp.float32)
+            return self.lm_head(hidden, out_dtype=jnp.float32)
         return self.embed.attend(hidden)
 
 
@@ -223,7 +224,7 @@ def _per_layer(layers: "DecoderLayer"):
     """
     graphdef, state = nnx.split(layers)
     leaves = dict(nnx.to_flat_state(state))
-    packed = {path: leaf for path, leaf in leaves.items() if hasattr(leaf.get_value(), "at_layer")}
+    packed = {path: leaf for path, leaf in leaves.items() if isinstance(leaf.get_value(), PackedWeight)}
     scanned = {path: leaf.get_value() for path, leaf in leaves.items() if path not in packed}
 
     def layer_of(weights: dict, index: Int[Array, ""]) -> DecoderLayer:

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
+
+from kernels.matmul import PackedWeight, matmul
 
 
 class LoraParam(nnx.Param):
@@ -71,20 +72,29 @@ class Linear(nnx.Module):
         self.lora: LoraWeights | None = nnx.data(None)
 
     def __call__(
-        self, x: Float[Array, "... in"], adapter_ids: Int[Array, "..."] | None = None
+        self,
+        x: Float[Array, "... in"],
+        adapter_ids: Int[Array, "..."] | None = None,
+        *,
+        out_dtype: jnp.dtype | None = None,
     ) -> Float[Array, "... out"]:
         """Computes in `x`'s dtype; parameters of another dtype are cast to it.
 
         Args:
           adapter_ids: one adapter for each row of `x` (its leading dimensions), or None for adapter 1 everywhere;
             ignored by a layer that carries no adapters.
+          out_dtype: of the result, with the products accumulated in it; None for `x`'s.
         """
         kernel = self.kernel.get_value()
-        if isinstance(kernel, jax.Array):
-            kernel = kernel.astype(x.dtype)
-        out = x @ kernel
+        out_dtype = x.dtype if out_dtype is None else out_dtype
+        if isinstance(kernel, PackedWeight):
+            out = matmul(x, kernel).astype(out_dtype)
+        elif out_dtype == x.dtype:
+            out = matmul(x, kernel.astype(x.dtype))
+        else:
+            out = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=out_dtype)
         if self.bias is not None:
-            out = out + self.bias.get_value().astype(x.dtype)
+            out = out + self.bias.get_value().astype(out_dtype)
         if self.lora is not None:
-            out = out + self.lora(x, adapter_ids)
+            out = out + self.lora(x, adapter_ids).astype(out_dtype)
         return out

@@ -4,6 +4,7 @@ The same functions of the same numbers: a served decoder gives the logits of the
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +23,10 @@ def fuse_for_serving(decoder: Decoder, *, pack: bool, consume: bool = False) -> 
 
     Args:
       decoder: as loaded or trained.
-      pack: also store every matrix of the layers and the output matrix as a float32 `kernels.matmul.PackedWeight`; a tied
-        output matrix then exists a second time, packed.
-      consume: rearrange `decoder` itself, freeing each stack of weights once it has been replaced (peak memory: the model
-        and one such stack) instead of leaving it usable.
+      pack: also store every matrix of the layers and the output matrix as a float32 `kernels.matmul.PackedWeight`; a
+        tied output matrix then exists a second time, packed.
+      consume: rearrange `decoder` itself, freeing each stack of weights once it has been replaced (peak memory: the
+        model and one such stack) instead of leaving it usable.
 
     Raises:
       UserError: the decoder carries LoRA adapters, or is rearranged already.
@@ -55,17 +56,16 @@ def fuse_for_serving(decoder: Decoder, *, pack: bool, consume: bool = False) -> 
 def _side_by_side(parts: Sequence[Linear | None]) -> Linear:
     """One Linear with the parts' kernels and biases concatenated on the output axis; the first part becomes it."""
     linears = [part for part in parts if part is not None]
+    biases = [part.bias.get_value() for part in linears if part.bias is not None]
     fused = linears[0]
-    fused.kernel.set_value(jnp.concatenate([part.kernel.get_value() for part in linears], axis=-1))
-    if fused.bias is not None:
-        fused.bias.set_value(
-            jnp.concatenate([part.bias.get_value() for part in linears if part.bias is not None], axis=-1)
-        )
+    # New Params, not new values in the old ones: those may belong to the decoder this one was copied from, too.
+    fused.kernel = nnx.Param(jnp.concatenate([part.kernel.get_value() for part in linears], axis=-1))
+    fused.bias = nnx.Param(jnp.concatenate(biases, axis=-1)) if biases else nnx.data(None)
     return fused
 
 
 def _pack_kernel(linear: Linear) -> None:
-    linear.kernel = nnx.Param(matmul.pack(linear.kernel.get_value()))
+    linear.kernel = _param(matmul.pack(linear.kernel.get_value()))
 
 
 def _pack_head(decoder: Decoder) -> None:
@@ -74,5 +74,9 @@ def _pack_head(decoder: Decoder) -> None:
         return
     config = decoder.config
     head = nnx.eval_shape(lambda: Linear(config.hidden_size, config.vocab_size, rngs=nnx.Rngs(0)))
-    head.kernel = nnx.Param(matmul.pack_transposed(decoder.embed.embedding.get_value()))
+    head.kernel = _param(matmul.pack_transposed(decoder.embed.embedding.get_value()))
     decoder.lm_head = head
+
+
+def _param(weight: matmul.PackedWeight) -> nnx.Param:
+    return nnx.Param(cast(jax.Array, weight))  # any pytree may be a Param's value; its annotation says Array
