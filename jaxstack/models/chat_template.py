@@ -209,9 +209,9 @@ _OWN_FILTERS: dict[str, Callable[..., Any]] = {
 }
 _METHODS: dict[type, frozenset[str]] = {
     str: _names(
-        "capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit islower isnumeric isspace "
-        "istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit "
-        "rstrip split splitlines startswith strip swapcase title upper"
+        "capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit islower isnumeric "
+        "isspace istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition "
+        "rsplit rstrip split splitlines startswith strip swapcase title upper"
     ),
     dict: _names("copy get items keys values"),
     list: _names("copy count index"),
