@@ -73,6 +73,11 @@ class MetricWriter:
                 if isinstance(value, int | float) and not isinstance(value, bool):
                     self._events.add_scalar(f"{group}/{name}", value, step)
 
+    def write_text(self, name: str, text: str) -> None:
+        """Shows a text, such as the job's config, in TensorBoard."""
+        if self._events is not None:
+            self._events.add_text(name, f"```\n{text}\n```")
+
     def close(self) -> None:
         self._file.close()
         if self._events is not None:

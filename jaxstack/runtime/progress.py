@@ -40,13 +40,14 @@ class Progress:
             dynamic_ncols=stream.isatty(),
         )
 
-    def advance(self, units: int = 1, **figures: object) -> None:
-        """Counts `units` more and shows `figures` (name=value) behind the bar."""
-        if figures:
-            self._bar.set_postfix(
-                {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in figures.items()}, refresh=False
-            )
+    def advance(self, units: int = 1) -> None:
+        """Counts `units` more."""
         self._bar.update(units)
+
+    def figures(self, **values: object) -> None:
+        """Shows `name=value` behind the bar from its next refresh on."""
+        shown = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in values.items()}
+        self._bar.set_postfix(shown, refresh=False)
 
     def say(self, line: str) -> None:
         """Prints a line above the bar."""

@@ -1,0 +1,336 @@
+"""The training loop: data, step, log, evaluate, checkpoint, stop; for any step and any stream of batches.
+
+The device is never waited for: a step is dispatched while the one before it runs, and its figures are fetched two steps
+later. Only a checkpoint or an evaluation waits, and then everything up to that step is written down first, so that a
+job killed at any moment finds in its folder a state, and the log that belongs to it.
+"""
+
+import collections
+import dataclasses
+import logging
+import math
+import resource
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+
+from jaxstack.runtime.checkpoint import Checkpointer, SaveFailed
+from jaxstack.runtime.compilation import CompileCounter
+from jaxstack.runtime.errors import UserError
+from jaxstack.runtime.metrics import MetricWriter, WindowedMeans
+from jaxstack.runtime.progress import Progress
+from jaxstack.runtime.signals import StopFlag
+from jaxstack.training.losses import Batch
+from jaxstack.training.step import Metrics, Params, TrainState
+
+_log = logging.getLogger(__name__)
+
+TIMING_FIELDS = ("tokens_per_s", "step_time_s", "data_wait_s", "memory_bytes")
+"""Fields of a metrics row that differ between two runs of the same job; all others are reproducible."""
+
+# Steps that may be dispatched and not yet looked at. Two keep the device busy; more would only delay a stop.
+_IN_FLIGHT = 2
+
+
+class BatchStream(Protocol):
+    """Where batches come from."""
+
+    waited_s: float
+
+    def next(self, stop: Callable[[], bool]) -> Batch | None:
+        """The next batch; None if `stop()` became true while waiting."""
+
+    def state(self) -> Any:
+        """The place behind the last batch handed out; has `as_json()`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """When things happen, in steps; None for never.
+
+    Attributes:
+      total_steps: the run ends after so many.
+      log_every: steps of one row of metrics.
+      save_every, eval_every: besides the end of the run.
+      max_skipped_in_row: so many skipped steps in a row end the run.
+    """
+
+    total_steps: int
+    log_every: int = 10
+    save_every: int | None = None
+    eval_every: int | None = None
+    max_skipped_in_row: int = 10
+
+
+@dataclasses.dataclass
+class Counts:
+    """Totals of a run, kept in checkpoints."""
+
+    tokens_trained: int = 0
+    tokens_seen: int = 0
+    skipped_steps: int = 0
+    skipped_in_row: int = 0
+    eval_pending: bool = False
+    last_loss: float | None = None
+    last_eval_loss: float | None = None
+
+
+class Trainer:
+    """Runs steps from a state to `total_steps`, or until `stop`.
+
+    Args:
+      step: `(state, frozen, batch) -> (state, metrics)`, as `make_train_step` returns it; `state` is donated.
+      state: the first, or restored, state.
+      frozen: parameters that do not change.
+      stream: batches, standing at the place that belongs to `state`.
+      epoch_of: a stream's state as a number of epochs, for the log.
+      config: when things happen.
+      checkpointer: where states go; None to keep none.
+      writer: where rows go.
+      stop: polled at every boundary.
+      evaluate: `(params, stop) -> {"eval_loss": ..., ...}`, or None if stopped midway.
+      metadata: stored with every checkpoint under "job".
+      resumed: the "loop" part of the metadata of the checkpoint that `state` came from.
+      slots_per_step: token slots of a batch, for the fill rate.
+      progress: show a bar.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]],
+        state: TrainState,
+        frozen: Params,
+        stream: BatchStream,
+        *,
+        epoch_of: Callable[[Any], float],
+        config: LoopConfig,
+        checkpointer: Checkpointer | None,
+        writer: MetricWriter,
+        stop: StopFlag,
+        evaluate: Callable[[Params, StopFlag], dict[str, float] | None] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        resumed: Mapping[str, Any] | None = None,
+        slots_per_step: int,
+        progress: bool = True,
+    ):
+        self._step, self.state, self._frozen, self._stream = step, state, frozen, stream
+        self._epoch_of, self._config, self._evaluate = epoch_of, config, evaluate
+        self._checkpointer, self._writer, self._stop = checkpointer, writer, stop
+        self._metadata, self._slots, self._show = dict(metadata or {}), slots_per_step, progress
+        self.step_number = int(state.step)
+        self.first_step = self.step_number
+        resumed = resumed or {}
+        self.counts = Counts(**resumed.get("counts", {}))
+        self._window = WindowedMeans(resumed.get("window"))
+        self._pending: collections.deque[tuple[int, Metrics, float]] = collections.deque()
+        self._saved_step = self.step_number if resumed else 0
+        self.save_failed = False
+        self.recompilations = 0
+        self.train_s = 0.0
+        self.trained_here = 0
+        """Target tokens of this process's steps, the first one excluded: it may still wait for the compiler."""
+
+    def run(self) -> None:
+        """Trains. Afterwards `state`, `step_number`, `counts` and `recompilations` say what came of it.
+
+        Raises:
+          UserError: too many skipped steps in a row, or the device ran out of memory.
+        """
+        config = self._config
+        compiles = CompileCounter()
+        bar = Progress(config.total_steps, "train", initial=self.step_number, enabled=self._show)
+        started: float | None = None
+        self._log_time, self._log_waited = time.perf_counter(), self._stream.waited_s
+        self._log_step = self.step_number
+        self._bar = bar
+        try:
+            if self.counts.eval_pending:
+                self._run_evaluation()
+            while self.step_number < config.total_steps and not self._stop:
+                batch = self._stream.next(self._stop.is_set)
+                if batch is None:
+                    break
+                self.state, metrics = self._step(self.state, self._frozen, batch)
+                self.step_number += 1
+                self._pending.append((self.step_number, metrics, self._epoch_of(self._stream.state())))
+                if started is None:
+                    self._drain()
+                    started, before = time.perf_counter(), self.counts.tokens_trained
+                    compiles.reset()
+                while len(self._pending) > _IN_FLIGHT:
+                    self._collect()
+                bar.advance()
+                if _due(config.eval_every, self.step_number, config.total_steps) and self._evaluate is not None:
+                    self.counts.eval_pending = True
+                    self._run_evaluation()
+                if _due(config.save_every, self.step_number, config.total_steps):
+                    self.save()
+                if self.counts.skipped_in_row >= config.max_skipped_in_row:
+                    break
+            self._drain()
+            self.recompilations = compiles.count if started is not None else 0
+            if started is not None:
+                self.train_s = time.perf_counter() - started
+                self.trained_here = self.counts.tokens_trained - before
+            if self.step_number > self._saved_step:
+                self.save()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise UserError(
+                f"out of memory in a step of {self._slots} token slots ({' '.join(str(error).split())[:200]}); "
+                "in this order: fewer batch_rows and more accum_steps, remat=full, chunk_tokens=1024"
+            ) from error
+        finally:
+            bar.close()
+        if self.counts.skipped_in_row >= config.max_skipped_in_row:
+            raise UserError(
+                f"{self.counts.skipped_in_row} steps in a row up to step {self.step_number} had a gradient that is not finite; "
+                "the last good parameters are in the checkpoint; try a lower learning_rate or look at the data there"
+            )
+
+    # -------------------------------------------------------------------------------------------------- bookkeeping
+
+    def _drain(self) -> None:
+        """Waits for all dispatched steps and writes down what they gave."""
+        while self._pending:
+            self._collect()
+
+    def _collect(self) -> None:
+        """Fetches the figures of the oldest dispatched step; a full window becomes a row."""
+        step, metrics, epoch = self._pending.popleft()
+        values = jax.device_get(metrics)
+        counts, window = self.counts, self._window
+        skipped = int(values["skipped"])
+        counts.skipped_steps += skipped
+        counts.skipped_in_row = counts.skipped_in_row + 1 if skipped else 0
+        counts.tokens_trained += round(float(values["loss_den"]))
+        counts.tokens_seen += int(values["tokens"])
+        window.add("loss", values["loss_num"], values["loss_den"])
+        for name, (num, den) in values["aux"].items():
+            window.add(name, num, den)
+        if not skipped:
+            window.add("grad_norm", values["grad_norm"], 1)
+            window.add("update_norm_ratio", values["update_norm"] / max(float(values["param_norm"]), 1e-30), 1)
+        window.add("fill_rate", values["tokens"], self._slots)
+        window.add("trained", values["loss_den"], 1)
+        if step % self._config.log_every == 0 or step == self._config.total_steps:
+            self._write_row(step, epoch, float(values["learning_rate"]))
+
+    def _write_row(self, step: int, epoch: float, learning_rate: float) -> None:
+        counts = self.counts
+        trained = self._window.state()["trained"][0]
+        means = self._window.means()
+        del means["trained"]
+        self._window.reset()
+        now = time.perf_counter()
+        steps, seconds = max(1, step - self._log_step), max(now - self._log_time, 1e-9)
+        counts.last_loss = means["loss"]
+        row = {
+            "epoch": round(epoch, 6),
+            **means,
+            "tokens_trained": counts.tokens_trained,
+            "tokens_seen": counts.tokens_seen,
+            "learning_rate": learning_rate,
+            "skipped_steps": counts.skipped_steps,
+            "tokens_per_s": trained / seconds,
+            "step_time_s": seconds / steps,
+            "data_wait_s": self._stream.waited_s - self._log_waited,
+            "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+        self._writer.write(step, row)
+        self._bar.figures(loss=means["loss"], tokens_per_s=round(trained / seconds))
+        self._log_time, self._log_step, self._log_waited = now, step, self._stream.waited_s
+
+    def _run_evaluation(self) -> None:
+        """Evaluates at this step; a stop request leaves it pending for the resumed run."""
+        assert self._evaluate is not None
+        self._drain()
+        began = time.perf_counter()
+        values = self._evaluate(self.state.params, self._stop)
+        self._log_time += time.perf_counter() - began
+        if values is None:
+            return
+        self.counts.eval_pending = False
+        self.counts.last_eval_loss = values["eval_loss"]
+        self._writer.write(self.step_number, values, group="eval")
+
+    def save(self) -> None:
+        """Checkpoints the present state; a failing disk is a warning, and `save_failed` until a later save succeeds."""
+        if self._checkpointer is None:
+            return
+        self._drain()
+        metadata = {
+            "job": self._metadata,
+            "data": self._stream.state().as_json(),
+            "loop": {"counts": dataclasses.asdict(self.counts), "window": self._window.state()},
+        }
+        metric = self.counts.last_eval_loss if self.counts.last_eval_loss is not None else self.counts.last_loss
+        try:
+            self._checkpointer.save(self.step_number, state_arrays(self.state), metadata, metric=metric)
+            if self.step_number >= self._config.total_steps or self._stop:
+                self._checkpointer.wait()
+        except SaveFailed as error:
+            self.save_failed = True
+            _log.warning("%s; training goes on without it", error)
+            return
+        self._saved_step, self.save_failed = self.step_number, False
+
+
+def state_arrays(state: TrainState) -> dict[str, Any]:
+    """A state as the tree of arrays that a checkpoint holds: optimizer leaves by their path, so that it reads without
+    optax.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
+    return {
+        "step": state.step,
+        "updates": state.updates,
+        "params": dict(state.params),
+        "opt_state": {jax.tree_util.keystr(path): leaf for path, leaf in leaves},
+    }
+
+
+def state_from_arrays(arrays: Mapping[str, Any], like: TrainState) -> TrainState:
+    """The inverse of `state_arrays`, with the structure of `like`."""
+    opt_state = jax.tree_util.tree_map_with_path(
+        lambda path, _: arrays["opt_state"][jax.tree_util.keystr(path)], like.opt_state
+    )
+    return TrainState(arrays["step"], arrays["updates"], dict(arrays["params"]), opt_state)
+
+
+def _due(every: int | None, step: int, total: int) -> bool:
+    """Whether something with this period happens after this step; the last step counts."""
+    return step == total or (every is not None and step % every == 0)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinity where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any], *, ignore: tuple[str, ...]) -> list[str]:
+    """Fields in which two JSON-ready configs differ, as "a.b: old -> new"; `ignore` are top-level names."""
+
+    def flat(value: Any, prefix: str) -> dict[str, Any]:
+        if isinstance(value, Mapping):
+            return {k: v for name, item in value.items() for k, v in flat(item, f"{prefix}.{name}").items()}
+        return {prefix.removeprefix("."): list(value) if isinstance(value, tuple) else value}
+
+    before, after = ({k: v for k, v in flat(c, "").items() if k.split(".")[0] not in ignore} for c in (old, new))
+    missing = object()
+    differing = []
+    for name in sorted({*before, *after}):
+        a, b = before.get(name, missing), after.get(name, missing)
+        if a != b:
+            shown = ("absent" if v is missing else repr(v) for v in (a, b))
+            differing.append(f"{name}: {' -> '.join(shown)}")
+    return differing
+
+
+def workdir_has_checkpoints(workdir: str | Path) -> bool:
+    """Whether a job has saved anything in this folder."""
+    folder = Path(workdir) / "checkpoints"
+    return folder.is_dir() and any(child.name.isdigit() for child in folder.iterdir())

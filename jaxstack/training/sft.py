@@ -1,0 +1,544 @@
+"""Supervised fine-tuning from a config to a Hugging Face folder."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxstack.models import Decoder, DecoderConfig, LoraParam
+from jaxstack.models.checkpoint import load_decoder, save_decoder
+from jaxstack.models.decoder import Remat
+from jaxstack.models.hf_config import config_from_folder
+from jaxstack.models.tokenizer import Tokenizer, load_tokenizer
+from jaxstack.runtime.checkpoint import Checkpointer, Keep
+from jaxstack.runtime.errors import UserError
+from jaxstack.runtime.metrics import MetricWriter, plot_curves, read_rows, write_summary
+from jaxstack.runtime.signals import StopFlag, WorkdirLock
+from jaxstack.training import lora as lora_layers
+from jaxstack.training.data import DataConfig, Example, TokenizedDataset, build_dataset, load_dataset
+from jaxstack.training.lora import LoraConfig
+from jaxstack.training.loop import (
+    LoopConfig,
+    Trainer,
+    differing_fields,
+    perplexity,
+    state_arrays,
+    state_from_arrays,
+    workdir_has_checkpoints,
+)
+from jaxstack.training.losses import LossFn, cross_entropy
+from jaxstack.training.optimizer import OptimizerConfig, build_optimizer
+from jaxstack.training.packing import PackedBatches, PackedLoader, Place
+from jaxstack.training.peft_format import save_peft
+from jaxstack.training.step import (
+    SplitModel,
+    decoder_loss,
+    init_state,
+    make_eval_step,
+    make_train_step,
+    parameter_count,
+    split_model,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ResumeConfig:
+    """What happens in a workdir that holds checkpoints.
+
+    Attributes:
+      enabled: go on from the newest; False refuses instead.
+      allow_changes: go on even if the config or the data differ from the run that saved them.
+    """
+
+    enabled: bool = True
+    allow_changes: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SftConfig:
+    """A supervised fine-tuning run.
+
+    Attributes:
+      model: Hugging Face folder to start from, or the configuration of a fresh model.
+      tokenizer: folder with the tokenizer; None for the model folder's own. A fresh model without one takes
+        pre-tokenised rows.
+      data: where examples come from.
+      lora: train adapters of this shape; None trains all parameters.
+      optimizer: rule and schedule.
+      batch_rows: packed rows in a microbatch.
+      accum_steps: microbatches in a step; token-exact, so the product with batch_rows is what counts.
+      seq_len: tokens in a row.
+      max_steps, epochs: length of the run; the shorter of the two if both are given.
+      log_every, save_every, eval_every: in steps; None for at the end only.
+      keep: which checkpoints stay.
+      remat: what the backward pass recomputes: nothing, all but matrix products ("dots"), or every layer ("full").
+      chunk_tokens: compute logits for so many tokens at a time; for vocabularies above ~32k.
+      param_dtype: of parameters in memory. bfloat16 for the frozen model under `lora` only: full training needs float32
+        masters, since most updates are below half a bfloat16 ulp and would vanish.
+      compute_dtype: of activations; "auto" is float32 on CPU and bfloat16 elsewhere.
+      export_dtype: of the saved model; None for param_dtype.
+      seed: of a fresh model, adapters and the order of the data.
+      resume: what happens in a workdir that holds checkpoints.
+    """
+
+    model: str | DecoderConfig
+    tokenizer: str | None = None
+    data: DataConfig = DataConfig()
+    lora: LoraConfig | None = None
+    optimizer: OptimizerConfig = OptimizerConfig()
+    batch_rows: int = 8
+    accum_steps: int = 1
+    seq_len: int = 1024
+    max_steps: int | None = None
+    epochs: float | None = None
+    log_every: int = 10
+    save_every: int | None = None
+    eval_every: int | None = None
+    keep: Keep = Keep()
+    remat: Remat = "none"
+    chunk_tokens: int | None = None
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    export_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    seed: int = 0
+    resume: ResumeConfig = ResumeConfig()
+
+    def __post_init__(self) -> None:
+        for name in ("batch_rows", "accum_steps", "log_every"):
+            _require(name, getattr(self, name), at_least=1)
+        _require("seq_len", self.seq_len, at_least=2)
+        for name in ("max_steps", "save_every", "eval_every", "chunk_tokens"):
+            if getattr(self, name) is not None:
+                _require(name, getattr(self, name), at_least=1)
+        if self.max_steps is None and self.epochs is None:
+            raise UserError("max_steps and epochs are both none; expected one of them, or the run has no end")
+        if self.epochs is not None and not (self.epochs > 0 and math.isfinite(self.epochs)):
+            raise UserError(f"epochs={self.epochs}: expected a positive number")
+        for name, allowed in (
+            ("remat", ("none", "dots", "full")),
+            ("param_dtype", ("float32", "bfloat16")),
+            ("compute_dtype", ("auto", "float32", "bfloat16")),
+            ("export_dtype", (None, "float32", "bfloat16", "float16")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(str, allowed))}")
+        if self.param_dtype == "bfloat16" and self.lora is None:
+            raise UserError(
+                "param_dtype='bfloat16' without lora: most updates would be below half an ulp and vanish; expected float32"
+            )
+        if not isinstance(self.model, str | DecoderConfig):
+            raise UserError(f"model={self.model!r}: expected a folder or a DecoderConfig")
+
+
+def _require(name: str, value: int, *, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise UserError(f"{name}={value!r}: expected an integer of at least {at_least}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a run left behind.
+
+    Attributes:
+      steps: steps done in all, over every start of the job.
+      final_loss: mean loss in nats per target token of the last logged window; None before the first.
+      tokens_trained: target tokens in all.
+      model_folder: the Hugging Face folder; None if the run was stopped before its end.
+      adapter_folder: the PEFT folder of a LoRA run.
+      summary: what `summary.json` holds.
+    """
+
+    steps: int
+    final_loss: float | None
+    tokens_trained: int
+    model_folder: Path | None
+    adapter_folder: Path | None
+    summary: dict[str, Any]
+
+
+_FREE_TO_CHANGE = ("max_steps", "log_every", "save_every", "keep", "resume")
+
+
+def train_sft(
+    config: SftConfig,
+    workdir: str | Path,
+    *,
+    examples: Sequence[Mapping[str, Any] | Example] | None = None,
+    stop: threading.Event | None = None,
+    loss_fn: LossFn = cross_entropy,
+    progress: bool = True,
+) -> TrainResult:
+    """Trains, or goes on training, in `workdir`, and leaves a Hugging Face folder in `workdir/model`.
+
+    A run that was killed at any moment and is started again with the same arguments ends with the same weights and the
+    same `metrics.jsonl` (but for its timings) as one that was not; bit by bit on CPU. The first SIGTERM or SIGINT saves
+    at the next step and returns; a second one ends the process.
+
+    The workdir gets `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `loss.png`, `summary.json`, `model/`, and for LoRA
+    also `adapter/` (`model/` then is the merged model).
+
+    Args:
+      config: the run.
+      workdir: its folder; created when missing, locked while running.
+      examples: rows in memory, instead of `config.data.paths`: mappings as in a JSONL file, or `Example`s.
+      stop: another way to end the run early, for callers outside the main thread.
+      loss_fn: of logits and targets.
+      progress: report on stderr.
+
+    Raises:
+      UserError: one line about the config, the data, the model, the workdir or its checkpoints; too many steps without
+        a finite gradient; or the final checkpoint could not be written (the model is then saved nevertheless).
+    """
+    workdir = Path(workdir)
+    with WorkdirLock(workdir), StopFlag(stop) as flag, contextlib.ExitStack() as stack:
+        return _Run(config, workdir, examples, loss_fn, flag, progress).train(stack)
+
+
+class _Run:
+    """One start of a job, in the order things happen."""
+
+    def __init__(
+        self,
+        config: SftConfig,
+        workdir: Path,
+        examples: Sequence[Mapping[str, Any] | Example] | None,
+        loss_fn: LossFn,
+        stop: StopFlag,
+        progress: bool,
+    ):
+        self.config, self.workdir, self.stop, self.progress = config, workdir, stop, progress
+        self.started = time.perf_counter()
+        self.model_config = config.model if isinstance(config.model, DecoderConfig) else _config_of_folder(config.model)
+        self.tokenizer_folder = config.tokenizer or (config.model if isinstance(config.model, str) else None)
+        self.tokenizer = load_tokenizer(self.tokenizer_folder) if self.tokenizer_folder else None
+        self._check_sizes()
+        self.train_data = self._dataset(config.data.paths, examples)
+        self.eval_data = self._dataset(config.data.eval_paths, None) if config.data.eval_paths else None
+        self.say(f"data: {self.train_data.report.line()}")
+        compute = {"auto": None if jax.default_backend() == "cpu" else jnp.bfloat16}.get(
+            config.compute_dtype, config.compute_dtype
+        )
+        if compute is None:
+            compute = jnp.float32
+        self.loss = decoder_loss(loss_fn, remat=config.remat, compute_dtype=compute, chunk_tokens=config.chunk_tokens)
+        self.job = {
+            "config": _comparable(config),
+            "data": self.train_data.digest(),
+            "base": folder_fingerprint(config.model) if isinstance(config.model, str) else None,
+        }
+
+    def say(self, line: str) -> None:
+        if self.progress:
+            print(line, file=sys.stderr, flush=True)
+
+    # ------------------------------------------------------------------------------------------------------- inputs
+
+    def _check_sizes(self) -> None:
+        window = self.model_config.max_position_embeddings
+        if self.config.seq_len > window:
+            raise UserError(
+                f"seq_len={self.config.seq_len}: expected at most the model's max_position_embeddings={window}"
+            )
+        if self.tokenizer is not None and self.tokenizer.vocab_size > self.model_config.vocab_size:
+            raise UserError(
+                f"the tokenizer in {self.tokenizer_folder} has ids up to {self.tokenizer.vocab_size - 1}, expected below the "
+                f"model's vocab_size={self.model_config.vocab_size}"
+            )
+
+    def _dataset(self, paths: Sequence[str], examples: Sequence[Any] | None) -> TokenizedDataset:
+        config = self.config
+        sizes = {"row_length": config.seq_len, "vocab_size": self.model_config.vocab_size}
+        if examples is not None:
+            rows = ((f"examples[{i}]", row) for i, row in enumerate(examples))
+            return build_dataset(rows, self.tokenizer, config.data, **sizes)
+        if not paths:
+            raise UserError("data.paths is empty and no examples were given; expected at least one JSONL file")
+        return load_dataset(
+            paths,
+            self.tokenizer,
+            config.data,
+            **sizes,
+            cache_folder=self.workdir / "data_cache",
+            cache_key=_tokenizer_digest(self.tokenizer_folder, self.tokenizer),
+        )
+
+    def _model(self) -> Decoder:
+        config = self.config
+        dtype = jnp.dtype(config.param_dtype)
+        if isinstance(config.model, str):
+            model = load_decoder(config.model, param_dtype=dtype, progress=self.progress)
+        else:
+            model = Decoder(config.model, rngs=nnx.Rngs(config.seed), param_dtype=dtype)
+        if config.lora is not None:
+            matched = lora_layers.attach(model, config.lora, seed=config.seed)
+            total = self.model_config.num_layers
+            named = (name.removeprefix("layers.") for name in matched)
+            counts = (
+                f"{name} in {n} of {total}" if n < total and name != "lm_head" else name
+                for name, n in zip(named, matched.values())
+            )
+            self.say(f"lora: {', '.join(counts)}")
+        return model
+
+    def _total_steps(self, batches: PackedBatches) -> int:
+        config = self.config
+        limits = [config.max_steps] if config.max_steps is not None else []
+        if config.epochs is not None:
+            whole, rest = int(config.epochs), config.epochs - int(config.epochs)
+            # With max_steps given, later epochs need not be planned.
+            steps = 0
+            for epoch in range(whole):
+                steps += batches.batches_in(epoch)
+                if limits and steps >= limits[0]:
+                    break
+            limits.append(max(1, steps + (round(rest * batches.batches_in(whole)) if rest else 0)))
+        return min(limits)
+
+    # ------------------------------------------------------------------------------------------------------ training
+
+    def train(self, stack: contextlib.ExitStack) -> TrainResult:
+        config = self.config
+        if not config.resume.enabled and workdir_has_checkpoints(self.workdir):
+            raise UserError(f"{self.workdir} holds checkpoints and resume.enabled=false; choose another workdir")
+        checkpointer = Checkpointer(self.workdir / "checkpoints", config.keep)
+        stack.callback(checkpointer.close)
+        self._check_same_job(checkpointer)
+        _remove_leftovers(self.workdir)
+
+        batches = PackedBatches(
+            self.train_data,
+            row_count=config.batch_rows * config.accum_steps,
+            row_length=config.seq_len,
+            seed=config.seed,
+            packing=config.data.packing,
+            window=config.data.window,
+        )
+        total_steps = self._total_steps(batches)
+        split, params, frozen = split_model(self._model(), nnx.Param if config.lora is None else LoraParam)
+        optimizer = build_optimizer(config.optimizer, params, total_steps=total_steps, adapters=config.lora is not None)
+        state = init_state(params, optimizer)
+        frozen = jax.device_put(frozen, jax.devices()[0])
+        trainable = parameter_count(params)
+        self.say(
+            f"model: {trainable} trainable of {trainable + parameter_count(frozen)} parameters; {total_steps} steps"
+        )
+        del params
+
+        restored = checkpointer.restore_latest(state_arrays(state))
+        place, loop_state = Place(), None
+        if restored is not None:
+            state = state_from_arrays(restored.arrays, state)
+            place, loop_state = Place(**restored.metadata["data"]), restored.metadata["loop"]
+            self.say(f"resumed at step {restored.step}")
+
+        writer = stack.enter_context(MetricWriter(self.workdir, resume_step=restored.step if restored else 0))
+        if not restored:
+            writer.write_text("config", json.dumps(self.job["config"], indent=2))
+        began = time.perf_counter()
+        step = make_train_step(split, self.loss, optimizer, accum_steps=config.accum_steps)
+        first = jax.device_put(batches.batch(Place()), jax.devices()[0])
+        step = step.lower(state, frozen, first).compile()
+        evaluate = self._evaluation(split, state.params, frozen)
+        compile_s = time.perf_counter() - began
+        self.say(f"compiled in {compile_s:.1f} s")
+
+        loader = PackedLoader(batches, place=place, transform=lambda batch: jax.device_put(batch, jax.devices()[0]))
+        stack.callback(loader.close)
+        trainer = Trainer(
+            step,
+            state,
+            frozen,
+            loader,
+            epoch_of=lambda place: place.epoch + place.batch / batches.batches_in(place.epoch),
+            config=LoopConfig(
+                total_steps=total_steps,
+                log_every=config.log_every,
+                save_every=config.save_every,
+                eval_every=config.eval_every,
+                max_skipped_in_row=config.optimizer.max_skipped_in_row,
+            ),
+            checkpointer=checkpointer,
+            writer=writer,
+            stop=self.stop,
+            evaluate=evaluate,
+            metadata=self.job,
+            resumed=loop_state,
+            slots_per_step=config.batch_rows * config.accum_steps * config.seq_len,
+            progress=self.progress,
+        )
+        del state
+        trainer.run()
+        loader.close()
+        return self._finish(trainer, split, frozen, batches, total_steps, compile_s)
+
+    def _check_same_job(self, checkpointer: Checkpointer) -> None:
+        saved = checkpointer.latest_metadata()
+        if saved is None or self.config.resume.allow_changes:
+            return
+        before, now = saved["job"], json.loads(json.dumps(self.job))
+        differing = differing_fields(before["config"], now["config"], ignore=_FREE_TO_CHANGE)
+        differing += [f"{what}: content differs" for what in ("data", "base") if before[what] != now[what]]
+        if differing:
+            raise UserError(
+                f"{self.workdir} holds checkpoints of another configuration ({'; '.join(differing)}); expected the same, "
+                "another workdir, or resume.allow_changes=true"
+            )
+
+    def _evaluation(self, split: SplitModel, params: Any, frozen: Any):
+        """The function that evaluates on the held-out data, already compiled; None without such data."""
+        if self.eval_data is None:
+            return None
+        batches = PackedBatches(
+            self.eval_data,
+            row_count=self.config.batch_rows,
+            row_length=self.config.seq_len,
+            packing=self.config.data.packing,
+            window=self.config.data.window,
+            shuffle=False,
+        )
+        device = jax.devices()[0]
+        first = jax.device_put(batches.batch(Place()), device)
+        step = make_eval_step(split, self.loss).lower(params, frozen, first).compile()
+
+        def evaluate(params: Any, stop: StopFlag) -> dict[str, float] | None:
+            num = den = 0.0
+            aux: dict[str, list[float]] = {}
+            waiting = None
+            for batch in (*batches.epoch_batches(), None):
+                if stop:
+                    return None
+                running = None if batch is None else step(params, frozen, jax.device_put(batch, device))
+                if waiting is not None:
+                    parts = jax.device_get(waiting)
+                    num, den = num + float(parts.num), den + float(parts.den)
+                    for name, (a, b) in parts.aux.items():
+                        old = aux.setdefault(name, [0.0, 0.0])
+                        old[0], old[1] = old[0] + float(a), old[1] + float(b)
+                waiting = running
+            means = {f"eval_{name}": a / max(b, 1.0) for name, (a, b) in aux.items()}
+            loss = num / max(den, 1.0)
+            return {"eval_loss": loss, "eval_perplexity": perplexity(loss), **means}
+
+        return evaluate
+
+    # -------------------------------------------------------------------------------------------------------- export
+
+    def _finish(
+        self,
+        trainer: Trainer,
+        split: SplitModel,
+        frozen: Any,
+        batches: PackedBatches,
+        total_steps: int,
+        compile_s: float,
+    ) -> TrainResult:
+        config, counts = self.config, trainer.counts
+        finished = trainer.step_number >= total_steps
+        model_folder = adapter_folder = None
+        if finished:
+            model = split.merge(trainer.state.params, frozen)
+            if config.lora is not None:
+                adapter_folder = self.workdir / "adapter"
+                base = config.model if isinstance(config.model, str) else None
+                save_peft(model, adapter_folder, config.lora, base_model=base)
+                model = lora_layers.merge(model)
+            model_folder = self.workdir / "model"
+            dtype = None if config.export_dtype is None else jnp.dtype(config.export_dtype)
+            save_decoder(model, model_folder, dtype=dtype, tokenizer_from=self.tokenizer_folder)
+        steps_here = trainer.step_number - trainer.first_step
+        summary = {
+            "steps": trainer.step_number,
+            "total_steps": total_steps,
+            "stopped_by": None if finished else self.stop.reason,
+            "final_loss": counts.last_loss,
+            "eval_loss": counts.last_eval_loss,
+            "tokens_trained": counts.tokens_trained,
+            "tokens_seen": counts.tokens_seen,
+            "skipped_steps": counts.skipped_steps,
+            "fill_rate": round(batches.fill_rate(), 4),
+            "data": self.train_data.report.as_json(),
+            "trainable_parameters": parameter_count(trainer.state.params),
+            "model_folder": str(model_folder) if model_folder else None,
+            "adapter_folder": str(adapter_folder) if adapter_folder else None,
+            "recompilations": trainer.recompilations,
+            "compile_s": round(compile_s, 3),
+            "step_time_s": round(trainer.train_s / max(1, steps_here - 1), 5) if steps_here > 1 else None,
+            "tokens_per_s": round(trainer.trained_here / trainer.train_s, 1) if trainer.trained_here else None,
+            "wall_s": round(time.perf_counter() - self.started, 3),
+        }
+        write_summary(self.workdir, summary)
+        rows = read_rows(self.workdir / "metrics.jsonl")
+        curves = {
+            name: points
+            for name, field in (("train", "loss"), ("eval", "eval_loss"))
+            if (points := [(row["step"], row[field]) for row in rows if field in row])
+        }
+        plot_curves(self.workdir / "loss.png", curves, x="step", y="loss (nats per target token)")
+        if trainer.save_failed:
+            raise UserError(
+                f"the final checkpoint in {self.workdir}/checkpoints could not be written"
+                + (f"; the model was saved to {model_folder}" if model_folder else "")
+            )
+        return TrainResult(
+            trainer.step_number, counts.last_loss, counts.tokens_trained, model_folder, adapter_folder, summary
+        )
+
+
+def _config_of_folder(folder: str) -> DecoderConfig:
+    if not Path(folder).is_dir():
+        raise UserError(f"model: no such folder {folder!r}; expected a Hugging Face folder")
+    return config_from_folder(Path(folder))
+
+
+def _comparable(config: SftConfig) -> dict[str, Any]:
+    """The config as JSON, without places: what they hold is compared by digest."""
+    whole = json.loads(json.dumps(dataclasses.asdict(config)))
+    if isinstance(config.model, str):
+        del whole["model"]
+    for name in ("paths", "eval_paths"):
+        del whole["data"][name]
+    del whole["tokenizer"]
+    return whole
+
+
+def folder_fingerprint(folder: str | Path) -> str:
+    """A short digest of a model folder: config and weight files by name, size, header and both ends, not every byte."""
+    state = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*")):
+        if path.suffix == ".safetensors" or path.name == "config.json":
+            size = path.stat().st_size
+            state.update(f"{path.name}:{size}\0".encode())
+            with open(path, "rb") as file:
+                state.update(file.read(1 << 16))
+                file.seek(max(0, size - (1 << 16)))
+                state.update(file.read())
+    return state.hexdigest()[:16]
+
+
+def _tokenizer_digest(folder: str | None, tokenizer: Tokenizer | None) -> str:
+    if folder is None or tokenizer is None:
+        return "none"
+    state = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*")):
+        if path.name.startswith(("tokenizer", "chat_template", "special_tokens", "generation_config")):
+            state.update(path.name.encode() + b"\0" + path.read_bytes())
+    return state.hexdigest()
+
+
+def _remove_leftovers(workdir: Path) -> None:
+    """Removes temporary folders of exports that were killed; this process holds the lock."""
+    for name in ("model", "adapter"):
+        for path in workdir.glob(f".{name}.*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)
