@@ -1,0 +1,143 @@
+"""Makes the golden files in this folder from reference implementations. Needs torch and transformers; the tests do not.
+
+    .venv-peers/bin/python tests/golden/generate.py
+
+`decoder/NAME/`: a tiny random checkpoint of each family, saved by transformers itself, and `logits.npz` with two token
+sequences and transformers' float32 logits for them.
+`rope.npz`: transformers' inverse frequencies for published models' settings.
+"""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+SLIDING = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "num_hidden_layers": 3}
+
+# name: (configuration class, what differs from SIZES, stored dtype)
+CHECKPOINTS = {
+    "llama2": (transformers.LlamaConfig, {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}, torch.float32),
+    "llama3": (
+        transformers.LlamaConfig,
+        {"rope_parameters": {**LLAMA3, "rope_theta": 500000.0}, "tie_word_embeddings": True, "eos_token_id": [90, 91]},
+        torch.bfloat16,
+    ),
+    "llama_linear": (
+        transformers.LlamaConfig,
+        {
+            "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+        torch.float16,
+    ),
+    "mistral": (transformers.MistralConfig, {"sliding_window": 8}, torch.float32),
+    "qwen2": (transformers.Qwen2Config, {**SLIDING, "tie_word_embeddings": True, "eos_token_id": 7}, torch.bfloat16),
+    "qwen2_yarn": (transformers.Qwen2Config, {"rope_parameters": {**YARN, "rope_theta": 1000000.0}}, torch.bfloat16),
+    "qwen3": (transformers.Qwen3Config, {**SLIDING, "head_dim": 20}, torch.bfloat16),
+    "qwen3_tied": (
+        transformers.Qwen3Config,
+        {"head_dim": 12, "tie_word_embeddings": True, "attention_bias": True, "pad_token_id": 0},
+        torch.float32,
+    ),
+}
+
+
+def decoder_checkpoints(out: Path) -> None:
+    for seed, (name, (config_class, differences, dtype)) in enumerate(CHECKPOINTS.items()):
+        torch.manual_seed(seed)
+        config = config_class(**{**SIZES, **differences}, attn_implementation="eager")
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                # Nothing is left at an initial value (ones, zeros) that would hide a wrong name or place.
+                noise = torch.randn_like(parameter) * 0.2
+                parameter.copy_(1 + noise if "norm" in key else noise)
+        folder = out / name
+        shutil.rmtree(folder, ignore_errors=True)
+        model.to(dtype).save_pretrained(folder)
+        # Loaded anew, for what the stored numbers give in float32: `model.to` has rounded the frequencies too.
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        )
+        model = model.eval()
+        generator = np.random.default_rng(seed)
+        arrays = {}
+        for label, length in {"a": 24, "b": 33}.items():
+            tokens = generator.integers(0, config.vocab_size, length)
+            with torch.no_grad():
+                logits = model(torch.tensor(tokens)[None]).logits[0]
+            arrays |= {f"tokens_{label}": tokens.astype(np.int32), f"logits_{label}": logits.numpy()}
+        np.savez(folder / "logits.npz", **arrays)
+
+
+# name: (head_dim, max_position_embeddings, rope_parameters)
+ROPES = {
+    "qwen3": (128, 40960, {"rope_type": "default", "rope_theta": 1000000.0}),
+    "llama31": (
+        128,
+        131072,
+        {**LLAMA3, "original_max_position_embeddings": 8192, "rope_theta": 500000.0},
+    ),
+    "llama32": (
+        64,
+        131072,
+        {**LLAMA3, "factor": 32.0, "original_max_position_embeddings": 8192, "rope_theta": 500000.0},
+    ),
+    "qwen25_yarn": (
+        128,
+        131072,
+        {**YARN, "original_max_position_embeddings": 32768, "rope_theta": 1000000.0},
+    ),
+    "yarn_untruncated": (
+        64,
+        32768,
+        {
+            **YARN,
+            "factor": 8.0,
+            "original_max_position_embeddings": 4096,
+            "rope_theta": 150000.0,
+            "truncate": False,
+            "beta_fast": 24.0,
+            "beta_slow": 2.0,
+            "attention_factor": 1.25,
+        },
+    ),
+    "linear": (64, 16384, {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}),
+}
+
+
+def rope_frequencies(path: Path) -> None:
+    arrays = {}
+    for name, (head_dim, positions, parameters) in ROPES.items():
+        config = transformers.LlamaConfig(
+            head_dim=head_dim, max_position_embeddings=positions, rope_parameters=dict(parameters)
+        )
+        rotation = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+        arrays[name] = rotation.inv_freq.numpy()
+        arrays[f"{name}_scale"] = np.float64(rotation.attention_scaling)
+    np.savez(path, **arrays)
+
+
+if __name__ == "__main__":
+    decoder_checkpoints(Path(__file__).parent / "decoder")
+    rope_frequencies(Path(__file__).parent / "rope.npz")
