@@ -270,7 +270,7 @@ class _GenerationBlocks(jinja2.ext.Extension):
 class _Meter(jinja2.visitor.NodeTransformer):
     """Rewrites a parsed template so that it pays as it goes."""
 
-    def _call(self, name: str, line: int, *arguments: nodes.Expr) -> nodes.Call:
+    def _call(self, name: str, line: int, *arguments: Any) -> nodes.Call:
         return nodes.Call(nodes.EnvironmentAttribute(name), list(arguments), [], None, None, lineno=line)
 
     def _metered_body(self, node: Any) -> Any:
@@ -324,8 +324,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         plain = {name: _charged(self.filters[name], _glance) for name in _PLAIN_FILTERS}
         plain |= {name: _charged(self.filters[name], _touch) for name in _COMPARING_FILTERS}
         self.filters = plain | {name: _charged(function, _glance) for name, function in _OWN_FILTERS.items()}
+        tests: dict[str, Any] = dict(self.tests)
         self.tests = {
-            name: _charged(test, _touch if name in _COMPARING_TESTS else _glance) for name, test in self.tests.items()
+            name: _charged(test, _touch if name in _COMPARING_TESTS else _glance) for name, test in tests.items()
         }
         self.globals = {
             "range": self._range,
@@ -400,9 +401,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             for argument in args:
                 look(argument)
             if isinstance(owner, str) and function.__name__ in ("replace", "join"):
-                return {"replace": _replace, "join": lambda text, parts: _join(parts, text)}[function.__name__](
-                    owner, *args, **kwargs
-                )
+                return _replace(owner, *args) if function.__name__ == "replace" else _join(*args, separator=owner)
         elif isinstance(function, LoopContext):
             args = (self.pay_for_loop(args[0]),)
         return super().call(context, function, *args, **kwargs)

@@ -1,0 +1,171 @@
+"""The running answers of one HTTP request, between the engine and a client that may be slow or gone.
+
+A pump task per prompt takes pieces from the engine as they come and merges what the client has not taken yet, choice by
+choice. So the engine never waits for a reader, and what a slow one leaves lying is no more than the text itself.
+"""
+
+import asyncio
+import dataclasses
+from collections.abc import Sequence
+from types import TracebackType
+
+from jaxstack.engine import Delta, Engine, SamplingParams, TokenLogprob
+from jaxstack.serving.errors import ApiError
+
+
+@dataclasses.dataclass
+class Piece:
+    """What came for one choice since it was last taken. Choices of prompt i are numbered from i * n."""
+
+    choice: int
+    text: str = ""
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    timed_out: bool = False
+
+    def add(self, delta: Delta) -> None:
+        self.text += delta.text
+        self.token_ids.extend(delta.token_ids)
+        self.logprobs.extend(delta.logprobs)
+        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+
+    def extend(self, later: "Piece") -> None:
+        """Appends the next piece of the same choice."""
+        self.text += later.text
+        self.token_ids.extend(later.token_ids)
+        self.logprobs.extend(later.logprobs)
+        self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
+        self.timed_out = later.timed_out
+
+
+@dataclasses.dataclass
+class Usage:
+    """Tokens of all prompts and choices together."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+class Generation:
+    """Use as `async with`; leaving it aborts what still runs.
+
+    Args:
+      prompts: token ids, one request to the engine each.
+      timeout_s: ends all choices with finish_reason "length" after so long.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        timeout_s: float | None = None,
+    ):
+        self._engine, self._prompts, self._sampling = engine, prompts, sampling
+        self._timeout_s = timeout_s
+        self._open = set(range(len(prompts) * sampling.n))
+        self._untaken: dict[int, Piece] = {}
+        self._cached = [0] * len(prompts)
+        self._something = asyncio.Event()
+        self._error: BaseException | None = None
+        self._pumps: list[asyncio.Task[None]] = []
+        self.usage = Usage(prompt_tokens=sum(map(len, prompts)))
+
+    async def __aenter__(self) -> "Generation":
+        loop = asyncio.get_running_loop()
+        self._deadline = None if self._timeout_s is None else loop.time() + self._timeout_s
+        self._pumps = [loop.create_task(self._pump(i)) for i in range(len(self._prompts))]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stop_pumps()
+
+    @property
+    def finished(self) -> bool:
+        """Whether every choice has ended and all of it has been taken."""
+        return not self._open and not self._untaken
+
+    async def take(self, patience_s: float | None = None) -> list[Piece]:
+        """What has come since the last call, at most one piece a choice; waits for something, but `patience_s` at most.
+
+        Raises:
+          ApiError: 408, the time was over before the first token; 500, the engine failed on one of the choices.
+          UserError, QueueFull, EngineDead: as the engine's `stream`.
+        """
+        now = asyncio.get_running_loop().time()
+        left = None if self._deadline is None else self._deadline - now
+        waits = [seconds for seconds in (patience_s, left) if seconds is not None]
+        if not self._something.is_set():
+            try:
+                async with asyncio.timeout(min(waits) if waits else None):
+                    await self._something.wait()
+            except TimeoutError:
+                pass
+        if self._error is not None:
+            raise self._error
+        if self._deadline is not None and asyncio.get_running_loop().time() >= self._deadline:
+            await self._expire()
+        self._something.clear()
+        pieces, self._untaken = list(self._untaken.values()), {}
+        return pieces
+
+    async def _expire(self) -> None:
+        if self.usage.completion_tokens == 0:
+            raise ApiError(408, f"the time of {self._timeout_s} s was over before the first token", code="timeout")
+        await self._stop_pumps()
+        self._close_choices("length", timed_out=True)
+
+    async def abort(self) -> None:
+        """Ends every open choice with finish_reason "abort"; what came before stays."""
+        await self._stop_pumps()
+        self._close_choices("abort")
+
+    async def _stop_pumps(self) -> None:
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+
+    def _close_choices(self, reason: str, *, timed_out: bool = False) -> None:
+        for choice in sorted(self._open):
+            piece = self._untaken.setdefault(choice, Piece(choice))
+            piece.finish_reason, piece.timed_out = reason, timed_out
+        self._open.clear()
+        self._something.set()
+
+    async def _pump(self, which: int) -> None:
+        first = which * self._sampling.n
+        try:
+            # The engine aborts the request when the iterator is closed, and a cancelled wait closes it.
+            async for delta in self._engine.stream(self._prompts[which], self._sampling):
+                self._add(which, first + delta.index, delta)
+        except Exception as error:
+            self._error = self._error or error
+            self._something.set()
+
+    def _add(self, which: int, choice: int, delta: Delta) -> None:
+        piece = self._untaken.get(choice)
+        if piece is None:
+            piece = self._untaken[choice] = Piece(choice)
+        piece.add(delta)
+        self.usage.completion_tokens += len(delta.token_ids)
+        self.usage.cached_tokens += delta.cached_tokens - self._cached[which]
+        self._cached[which] = delta.cached_tokens
+        if delta.finish_reason == "error":
+            self._error = self._error or ApiError(500, "the engine failed on this request", code="engine_error")
+        if delta.finish_reason is not None:
+            self._open.discard(choice)
+        self._something.set()

@@ -1,0 +1,169 @@
+"""`/metrics`: Prometheus text under vLLM's names, so that its dashboards work, and our own under `jaxstack:`.
+
+Gauges and counters are read from the engine when somebody asks. Histograms are filled when a request finishes, on the
+engine's thread, so filling is one numpy call however many tokens there were.
+"""
+
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
+
+from jaxstack.engine import Engine, RequestTiming
+
+# vLLM's bucket bounds.
+_FIRST_TOKEN = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0]
+_FIRST_TOKEN += [20.0, 40.0, 80.0, 160.0, 640.0, 2560.0]
+_PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
+_REQUEST = [0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0]
+_REQUEST += [960.0, 1920.0, 7680.0]
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+_CHOICES = (1, 2, 5, 10, 20)
+
+
+class _Histogram:
+    """Counts by bucket; `observe` takes many values at once."""
+
+    def __init__(self, name: str, help_text: str, bounds: Sequence[float]):
+        self.name, self._help, self._bounds = name, help_text, bounds
+        self._counts = np.zeros(len(bounds) + 1, np.int64)
+        self._sum = 0.0
+        self._lock = threading.Lock()
+
+    def observe(self, values: float | Sequence[float] | np.ndarray) -> None:
+        values = np.atleast_1d(np.asarray(values, np.float64))
+        counts = np.bincount(np.searchsorted(self._bounds, values), minlength=len(self._counts))
+        with self._lock:
+            self._counts += counts
+            self._sum += float(values.sum())
+
+    def family(self, model_name: str) -> HistogramMetricFamily:
+        with self._lock:
+            totals, total = np.cumsum(self._counts).tolist(), self._sum
+        bounds = [str(float(bound)) for bound in self._bounds] + ["+Inf"]
+        family = HistogramMetricFamily(self.name, self._help, labels=["model_name"])
+        family.add_metric([model_name], list(zip(bounds, totals)), total)
+        return family
+
+
+class Metrics(Collector):
+    """The metrics of one engine, in a registry of their own.
+
+    Args:
+      model_name: value of the label `model_name`.
+    """
+
+    def __init__(self, engine: Engine, model_name: str):
+        self._engine, self._model_name = engine, model_name
+        seconds = "seconds"
+        self._first_token = _Histogram(
+            "vllm:time_to_first_token_seconds", f"Arrival to first token, {seconds}.", _FIRST_TOKEN
+        )
+        self._between = _Histogram("vllm:inter_token_latency_seconds", f"Between tokens, {seconds}.", _PER_TOKEN)
+        self._between_old = _Histogram("vllm:time_per_output_token_seconds", "As inter_token_latency.", _PER_TOKEN)
+        self._per_token = _Histogram(
+            "vllm:request_time_per_output_token_seconds", "Mean of a request between its tokens.", _PER_TOKEN
+        )
+        self._whole = _Histogram("vllm:e2e_request_latency_seconds", "Arrival to last token.", _REQUEST)
+        self._queue = _Histogram("vllm:request_queue_time_seconds", "Arrival to first computation.", _REQUEST)
+        self._prefill = _Histogram("vllm:request_prefill_time_seconds", "First computation to first token.", _REQUEST)
+        self._decode = _Histogram("vllm:request_decode_time_seconds", "First token to last.", _REQUEST)
+        self._inference = _Histogram(
+            "vllm:request_inference_time_seconds", "First computation to last token.", _REQUEST
+        )
+        self._prompt = _Histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
+        self._generated = _Histogram("vllm:request_generation_tokens", "Tokens of an answer, all choices.", _TOKENS)
+        self._n = _Histogram("vllm:request_params_n", "Choices asked for.", _CHOICES)
+        self._max_tokens = _Histogram("vllm:request_params_max_tokens", "max_tokens asked for.", _TOKENS)
+        self._histograms = [value for value in vars(self).values() if isinstance(value, _Histogram)]
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(self)
+        # The engine keeps its callbacks for ever; it shall not keep us.
+        alive = weakref.ref(self)
+
+        def on_finish(timing: RequestTiming) -> None:
+            metrics = alive()
+            if metrics is not None:
+                metrics.observe(timing)
+
+        engine.on_finish(on_finish)
+
+    def observe(self, timing: RequestTiming) -> None:
+        """Takes a finished request. An aborted one may have no tokens, and then no times either."""
+        self._prompt.observe(timing.prompt_tokens)
+        self._generated.observe(timing.generation_tokens)
+        self._n.observe(timing.n)
+        if timing.max_tokens is not None:
+            self._max_tokens.observe(timing.max_tokens)
+        self._whole.observe(timing.finished_s - timing.arrival_s)
+        if not timing.token_times:
+            return
+        self._first_token.observe(timing.first_token_s - timing.arrival_s)
+        self._queue.observe(timing.scheduled_s - timing.arrival_s)
+        self._prefill.observe(timing.first_token_s - timing.scheduled_s)
+        self._decode.observe(timing.finished_s - timing.first_token_s)
+        self._inference.observe(timing.finished_s - timing.scheduled_s)
+        # With several choices the times are interleaved; the gaps between them would mean nothing.
+        if timing.n == 1 and len(timing.token_times) > 1:
+            gaps = np.diff(timing.token_times)
+            self._between.observe(gaps)
+            self._between_old.observe(gaps)
+            self._per_token.observe(float(gaps.mean()))
+
+    def text(self) -> bytes:
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def describe(self) -> Iterable[GaugeMetricFamily]:
+        """Nothing: asked at registration, when reading the engine would be too early."""
+        return []
+
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily | HistogramMetricFamily]:
+        """Every metric family, read now."""
+        stats = self._engine.stats()
+        used = 1 - stats.pages_free / max(stats.pages_total, 1)
+        rows = stats.step_rows + stats.step_padding
+        gauge, counter = self._gauge, self._counter
+        yield gauge("vllm:num_requests_running", "Answers being generated.", stats.running)
+        yield gauge("vllm:num_requests_waiting", "Answers waiting to begin.", stats.waiting)
+        yield gauge("vllm:kv_cache_usage_perc", "Pages in use, cached prefixes included; 1 is all.", used)
+        yield counter("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_queries)
+        yield counter("vllm:prefix_cache_hits", "Prompt tokens found there.", stats.prefix_hits)
+        yield counter("vllm:num_preemptions", "Answers set back for lack of pages.", stats.preemptions)
+        yield counter("vllm:prompt_tokens", "Tokens of all prompts.", stats.prompt_tokens)
+        yield counter("vllm:generation_tokens", "Tokens of all answers.", stats.generation_tokens)
+        success = CounterMetricFamily(
+            "vllm:request_success", "Finished requests.", labels=["model_name", "finished_reason"]
+        )
+        for reason in sorted({"stop", "length", "abort", *stats.finished}):
+            success.add_metric([self._model_name, reason], stats.finished.get(reason, 0))
+        yield success
+        yield counter(
+            "jaxstack:compilations", "Steps compiled after warm-up; 0 unless something is wrong.", stats.recompilations
+        )
+        yield counter("jaxstack:steps", "Steps computed.", stats.steps)
+        yield counter("jaxstack:step_seconds", "Time spent in steps.", stats.step_seconds)
+        yield gauge(
+            "jaxstack:padding_ratio", "Share of a step's rows that are padding.", stats.step_padding / max(rows, 1)
+        )
+        yield gauge("jaxstack:warm_up_progress", "Compiled share of the steps.", stats.warm_progress)
+        pages = GaugeMetricFamily("jaxstack:pages", "Pages of the KV cache.", labels=["model_name", "state"])
+        for state in ("free", "tree", "private"):
+            pages.add_metric([self._model_name, state], getattr(stats, f"pages_{state}"))
+        yield pages
+        for histogram in self._histograms:
+            yield histogram.family(self._model_name)
+
+    def _gauge(self, name: str, help_text: str, value: float) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(name, help_text, labels=["model_name"])
+        family.add_metric([self._model_name], value)
+        return family
+
+    def _counter(self, name: str, help_text: str, value: float) -> CounterMetricFamily:
+        family = CounterMetricFamily(name, help_text, labels=["model_name"])
+        family.add_metric([self._model_name], value)
+        return family

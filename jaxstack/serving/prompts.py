@@ -1,0 +1,136 @@
+"""From a request body to what the engine takes: token ids and sampling parameters.
+
+All of it runs on a pool thread: JSON, chat templates and tokenization must not hold up the event loop.
+"""
+
+import dataclasses
+from typing import Any
+
+from jaxstack.engine import Engine, SamplingParams
+from jaxstack.models.tokenizer import Tokenizer
+from jaxstack.runtime.errors import UserError
+from jaxstack.serving.config import ServerConfig
+from jaxstack.serving.errors import ApiError, bad_field
+from jaxstack.serving.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Request,
+    TokenizeRequest,
+    read_as,
+    read_messages,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A request that has been found good.
+
+    Attributes:
+      request: as it came.
+      prompts: token ids, one list a prompt.
+      sampling: for each of them.
+      echo: texts to put before the answers, one a prompt; None unless asked for.
+      timeout_s: when the answer ends at the latest, in seconds from now.
+    """
+
+    request: Request
+    prompts: list[list[int]]
+    sampling: SamplingParams
+    echo: list[str] | None
+    timeout_s: float | None
+
+
+def completion_job(body: bytes, engine: Engine, config: ServerConfig) -> Job:
+    """Raises ApiError or UserError."""
+    request = CompletionRequest.read(body)
+    check_model(request.model, config)
+    sampling = request.sampling(config)
+    given = request.prompts()
+    _check_choices(len(given), sampling.n, config)
+    prompts, echo = [], []
+    for prompt in given:
+        if isinstance(prompt, str):
+            prompts.append(need_tokenizer(engine).encode(prompt, add_special_tokens=request.add_special_tokens))
+        else:
+            prompts.append(prompt)
+        prompts[-1] = engine.check_prompt(prompts[-1], sampling)
+        if request.echo:
+            echo.append(prompt if isinstance(prompt, str) else need_tokenizer(engine).decode(prompt))
+    return Job(request, prompts, sampling, echo if request.echo else None, _timeout(request, config))
+
+
+def chat_job(body: bytes, engine: Engine, config: ServerConfig) -> Job:
+    """Raises ApiError or UserError."""
+    request = ChatRequest.read(body)
+    check_model(request.model, config)
+    sampling = request.sampling(config)
+    _check_choices(1, sampling.n, config)
+    tokens = _chat_tokens(need_tokenizer(engine), request.messages, request.template_variables())
+    tokens = engine.check_prompt(tokens, sampling)
+    return Job(request, [tokens], sampling, None, _timeout(request, config))
+
+
+def tokenize(body: bytes, engine: Engine, config: ServerConfig) -> dict[str, Any]:
+    """The answer to `POST /tokenize`. Raises ApiError or UserError."""
+    request = read_as(TokenizeRequest, body)
+    check_model(request.model, config)
+    tokenizer = need_tokenizer(engine)
+    if (request.prompt is None) == (request.messages is None):
+        raise ApiError(400, "prompt: expected either prompt or messages", param="prompt")
+    if request.prompt is not None:
+        tokens = tokenizer.encode(request.prompt, add_special_tokens=request.add_special_tokens is not False)
+    else:
+        chat = ChatRequest(
+            add_generation_prompt=request.add_generation_prompt,
+            continue_final_message=request.continue_final_message,
+            chat_template_kwargs=request.chat_template_kwargs,
+        )
+        tokens = _chat_tokens(tokenizer, read_messages(request.messages), chat.template_variables())
+    answer: dict[str, Any] = {"count": len(tokens), "max_model_len": engine.max_model_len, "tokens": tokens}
+    if request.return_token_strs:
+        answer["token_strs"] = [tokenizer.id_to_token(token) for token in tokens]
+    return answer
+
+
+def detokenize(body: bytes, engine: Engine, config: ServerConfig) -> dict[str, Any]:
+    """The answer to `POST /detokenize`. Raises ApiError or UserError."""
+    request = read_as(DetokenizeRequest, body)
+    check_model(request.model, config)
+    tokenizer = need_tokenizer(engine)
+    for token in request.tokens:
+        if not 0 <= token < engine.model_config.vocab_size:
+            raise bad_field("tokens", token, f"ids from 0 to {engine.model_config.vocab_size - 1}")
+    return {"prompt": tokenizer.decode(request.tokens, skip_special_tokens=False)}
+
+
+def check_model(name: str | None, config: ServerConfig) -> None:
+    """Raises ApiError 404 unless `name` is the model served here, or None."""
+    if name is not None and name != config.model_name:
+        message = f"model: {name!r} does not exist here; this server has {config.model_name!r}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+
+def need_tokenizer(engine: Engine) -> Tokenizer:
+    if engine.tokenizer is None:
+        raise UserError("prompt: this engine has no tokenizer; expected token ids")
+    return engine.tokenizer
+
+
+def _chat_tokens(tokenizer: Tokenizer, messages: list[dict[str, Any]], variables: dict[str, Any]) -> list[int]:
+    try:
+        text = tokenizer.render_chat(messages, **variables)
+    except UserError as error:
+        raise ApiError(400, f"messages: {error}", param="messages") from None
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _check_choices(prompts: int, n: int, config: ServerConfig) -> None:
+    if prompts * n > config.max_choices:
+        found = f"{prompts} prompts times n = {n}"
+        raise ApiError(400, f"n: found {found}, expected at most {config.max_choices} choices together", param="n")
+
+
+def _timeout(request: Request, config: ServerConfig) -> float | None:
+    limits = [t for t in (request.timeout_s, config.request_timeout_s) if t is not None]
+    return min(limits, default=None)

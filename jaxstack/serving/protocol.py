@@ -1,0 +1,386 @@
+"""What clients may ask: OpenAI's request bodies, read strictly.
+
+A field of a wrong type or value is refused by name. So is a field that means something this server cannot do, unless
+its value asks for nothing (`frequency_penalty: 0`): silence would change results behind the client's back. Fields that
+nobody knows are ignored; clients send extras.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
+
+import pydantic
+
+from jaxstack.engine import SamplingParams
+from jaxstack.serving.config import ServerConfig
+from jaxstack.serving.errors import ApiError, bad_field, shorten
+
+log = logging.getLogger(__name__)
+
+# Fields known to mean something we do not do, and the values with which they ask for nothing. None always does.
+_NOT_DONE: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": ([],),
+    "audio": (),
+    "bad_words": ([],),
+    "chat_template": (),
+    "documents": ([],),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "logits_processors": ([],),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "reasoning_effort": (),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "spaces_between_special_tokens": (True,),
+    "store": (False,),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "truncate_prompt_tokens": (),
+    "typical_p": (1,),
+    "use_beam_search": (False,),
+    "verbosity": (),
+    "web_search_options": (),
+}
+_HINTS = {
+    "reasoning_effort": "; hand it to the chat template with chat_template_kwargs",
+    "documents": "; hand them to the chat template with chat_template_kwargs",
+}
+# Fields without influence on the answer.
+_HARMLESS = {
+    "metadata",
+    "parallel_tool_calls",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "user",
+}
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+_Request = TypeVar("_Request", bound="Request")
+
+
+def read_json(body: bytes) -> dict[str, Any]:
+    """The JSON object in `body`. Raises ApiError for anything else, NaN and Infinity included."""
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is not a JSON number")
+
+    try:
+        content = json.loads(body.decode("utf-8"), parse_constant=refuse)
+    except RecursionError:
+        raise ApiError(400, "body: JSON nested too deeply", code="invalid_json") from None
+    except ValueError as error:
+        raise ApiError(400, f"body: not valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(content, dict):
+        raise ApiError(400, f"body: found a JSON {type(content).__name__}, expected an object", code="invalid_json")
+    return content
+
+
+class StreamOptions(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(strict=True)
+    include_usage: bool = False
+
+
+class Request(pydantic.BaseModel):
+    """What both generating endpoints share. None means: the default."""
+
+    model_config = pydantic.ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=())
+    kind: ClassVar[str]
+
+    model: str | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    n: int | None = None
+    best_of: int | None = None
+    stop: Any = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    timeout_s: float | None = pydantic.Field(default=None, gt=0)
+    return_token_ids: bool | None = None
+
+    @classmethod
+    def read(cls: type[_Request], body: bytes) -> _Request:
+        """The request in `body`.
+
+        Raises:
+          ApiError: 400, naming the field.
+        """
+        content = read_json(body)
+        _refuse_what_is_not_done(content, known=cls.model_fields)
+        try:
+            request = cls.model_validate(content)
+        except pydantic.ValidationError as error:
+            raise _first_error(error, content) from None
+        request.check()
+        return request
+
+    def check(self) -> None:
+        """What types cannot say. Raises ApiError."""
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(400, "stream_options: only allowed together with stream: true", param="stream_options")
+        if self.best_of not in (None, 1, self.n):
+            raise _not_done("best_of")
+
+    def alternatives(self) -> int | None:
+        """Alternatives wanted with each token's log probability; None for no log probabilities."""
+        raise NotImplementedError
+
+    def token_limit(self) -> int | None:
+        """Tokens to generate at most; None for the rest of the window."""
+        raise NotImplementedError
+
+    def sampling(self, config: ServerConfig) -> SamplingParams:
+        """The engine's parameters. Raises UserError or ApiError for values out of range."""
+        given = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            # vLLM's clients say -1 for "all".
+            "top_k": 0 if self.top_k == -1 else self.top_k,
+            # OpenAI allows any 64-bit integer.
+            "seed": None if self.seed is None else self.seed % 2**63,
+            "n": self.n,
+            "ignore_eos": self.ignore_eos,
+            "include_stop_str_in_output": self.include_stop_str_in_output,
+            "skip_special_tokens": self.skip_special_tokens,
+        }
+        return SamplingParams(
+            **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
+            max_tokens=self.token_limit(),
+            logprobs=self.alternatives(),
+            stop=self._stop_strings(config.max_stop_strings),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+        )
+
+    def _stop_strings(self, limit: int) -> tuple[str, ...]:
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
+            raise bad_field("stop", self.stop, "a string or a list of strings, none empty")
+        if len(stop) > limit:
+            raise ApiError(400, f"stop: found {len(stop)} strings, expected at most {limit}", param="stop")
+        return tuple(stop)
+
+
+class CompletionRequest(Request):
+    """`POST /v1/completions`."""
+
+    kind = "completion"
+    prompt: Any = None
+    echo: bool | None = None
+    logprobs: int | None = None
+    add_special_tokens: bool = True
+
+    def check(self) -> None:
+        super().check()
+        if self.echo and self.logprobs is not None:
+            raise ApiError(400, "echo: log probabilities of the prompt are not available here", param="echo")
+        self.prompts()
+
+    def prompts(self) -> list[str | list[int]]:
+        """Every prompt, as text or as token ids."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if isinstance(prompt, list) and prompt:
+            if all(_is_integer(token) for token in prompt):
+                return [prompt]
+            if all(isinstance(text, str) for text in prompt):
+                return list(prompt)
+            if all(isinstance(ids, list) and ids and all(_is_integer(token) for token in ids) for ids in prompt):
+                return list(prompt)
+        expected = "a string, a list of strings, a list of token ids, or a list of such lists, none empty"
+        raise bad_field("prompt", prompt, expected)
+
+    def alternatives(self) -> int | None:
+        return self.logprobs
+
+    def token_limit(self) -> int | None:
+        return 16 if self.max_tokens is None else self.max_tokens
+
+
+class ChatRequest(Request):
+    """`POST /v1/chat/completions`."""
+
+    kind = "chat"
+    messages: Any = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    max_completion_tokens: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+
+    def check(self) -> None:
+        super().check()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError(400, "top_logprobs: only allowed together with logprobs: true", param="top_logprobs")
+        self.messages = read_messages(self.messages)
+
+    def alternatives(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def token_limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def template_variables(self) -> dict[str, Any]:
+        """Arguments of `Tokenizer.render_chat`."""
+        begin_answer = self.add_generation_prompt
+        if begin_answer is None:
+            begin_answer = not self.continue_final_message
+        asked = self.chat_template_kwargs or {}
+        reserved = {"messages", "add_generation_prompt", "continue_final_message", "self", "context"} & set(asked)
+        if reserved:
+            name = sorted(reserved)[0]
+            raise ApiError(
+                400, f"chat_template_kwargs: {name!r} is not one of its fields", param="chat_template_kwargs"
+            )
+        return {
+            **asked,
+            "add_generation_prompt": begin_answer,
+            "continue_final_message": self.continue_final_message,
+        }
+
+
+class TokenizeRequest(pydantic.BaseModel):
+    """`POST /tokenize`: of a prompt, or of a conversation."""
+
+    model_config = pydantic.ConfigDict(strict=True)
+    model: str | None = None
+    prompt: str | None = None
+    messages: Any = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(pydantic.BaseModel):
+    """`POST /detokenize`."""
+
+    model_config = pydantic.ConfigDict(strict=True)
+    model: str | None = None
+    tokens: list[int]
+
+
+_Model = TypeVar("_Model", bound=pydantic.BaseModel)
+
+
+def read_as(model: type[_Model], body: bytes) -> _Model:
+    """`body` as a `model`. Raises ApiError."""
+    content = read_json(body)
+    try:
+        return model.model_validate(content)
+    except pydantic.ValidationError as error:
+        raise _first_error(error, content) from None
+
+
+def read_messages(messages: Any) -> list[dict[str, Any]]:
+    """A conversation as chat templates take it: `content` a string, `developer` called `system`.
+
+    Raises:
+      ApiError: 400, naming the message and the field.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise bad_field("messages", messages, "a list of messages, at least one")
+    return [_read_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def _read_message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise bad_field(where, message, "an object with role and content")
+    role = message.get("role")
+    if role not in _ROLES:
+        raise bad_field(f"{where}.role", role, f"one of {', '.join(_ROLES)}")
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "\n".join(_read_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
+    calls = message.get("tool_calls")
+    if not isinstance(content, str) and not (content is None and role == "assistant" and calls):
+        raise bad_field(f"{where}.content", content, "a string or a list of text parts")
+    clean = {**message, "role": "system" if role == "developer" else role, "content": content or ""}
+    if calls:
+        clean["tool_calls"] = _read_calls(calls, f"{where}.tool_calls")
+    return clean
+
+
+def _read_part(part: Any, where: str) -> str:
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    if isinstance(part, dict) and isinstance(part.get("type"), str) and part["type"] != "text":
+        found = f"a part of type {shorten(part['type'])}"
+        raise ApiError(400, f"{where}: found {found}, expected text parts; this model reads text only", param=where)
+    raise bad_field(where, part, 'a text part {"type": "text", "text": ...}')
+
+
+def _read_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """Earlier tool calls, their arguments decoded: templates print them as JSON themselves."""
+    if not isinstance(calls, list) or not all(
+        isinstance(c, dict) and isinstance(c.get("function"), dict) and isinstance(c["function"].get("name"), str)
+        for c in calls
+    ):
+        raise bad_field(where, calls, "a list of objects with function.name")
+    decoded = []
+    for call in calls:
+        arguments = call["function"].get("arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except (ValueError, RecursionError):
+                log.debug("%s: arguments that are not JSON are handed on as text", where)
+        decoded.append({**call, "function": {**call["function"], "arguments": arguments}})
+    return decoded
+
+
+def _refuse_what_is_not_done(content: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    unknown = []
+    for name, value in content.items():
+        if name in known or value is None or name in _HARMLESS:
+            continue
+        if name not in _NOT_DONE:
+            unknown.append(name)
+        elif value not in _NOT_DONE[name]:
+            raise _not_done(name)
+    if unknown:
+        log.debug("ignored %d unknown fields: %s", len(unknown), ", ".join(sorted(unknown)[:10]))
+
+
+def _not_done(name: str) -> ApiError:
+    message = f"{name}: not supported by this server{_HINTS.get(name, '')}"
+    return ApiError(400, message, param=name, code="unsupported_parameter")
+
+
+def _first_error(error: pydantic.ValidationError, content: Mapping[str, Any]) -> ApiError:
+    first = error.errors(include_url=False, include_input=True)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return ApiError(400, f"{where}: missing", param=where)
+    expected = first["msg"].removeprefix("Input should be ")
+    return bad_field(where, first["input"], expected)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

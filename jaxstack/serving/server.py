@@ -1,0 +1,288 @@
+"""The OpenAI-compatible HTTP application: one engine behind plain ASGI endpoints.
+
+A generating request goes one way: body within limits -> `prompts` (pool thread) -> `Generation` (pump tasks) ->
+`answers` -> JSON or server-sent events, all of it raced against the client going away. Every other outcome is an
+`ApiError`.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from jaxstack.engine import Engine
+from jaxstack.serving.answers import Answer, ChatAnswer, CompletionAnswer
+from jaxstack.serving.config import ServerConfig
+from jaxstack.serving.errors import ApiError, ClientGone, as_api_error, unavailable
+from jaxstack.serving.exchange import Exchange
+from jaxstack.serving.generation import Generation, Piece
+from jaxstack.serving.metrics import Metrics
+from jaxstack.serving.prompts import Job, chat_job, check_model, completion_job, detokenize, tokenize
+
+log = logging.getLogger(__name__)
+
+_Handler = Callable[[Exchange], Awaitable[None]]
+_Prepare = Callable[[bytes, Engine, ServerConfig], Any]
+
+
+class Service:
+    """The state behind the endpoints: the engine, whether it is ready, and what is being answered.
+
+    Attributes:
+      failure: why the engine could not be started; None otherwise.
+      draining: no new requests are taken.
+      active: generating requests being answered.
+    """
+
+    def __init__(self, engine: Engine, config: ServerConfig):
+        self.engine, self.config = engine, config
+        self.metrics = Metrics(engine, config.model_name)
+        self.failure: BaseException | None = None
+        self.draining = False
+        self.active = 0
+        self._started = False
+        self._created = int(time.time())
+        self._pool = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="prompts")
+        self._running: set[Generation] = set()
+
+    # ------------------------------------------------------------------------------------------------------ life cycle
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        """Starts the engine beside the server, so that `/health` can tell how far its warm-up is."""
+        starting = asyncio.create_task(self._start())
+        try:
+            yield
+        finally:
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _start(self) -> None:
+        try:
+            await asyncio.to_thread(self.engine.start)
+            self._started = True
+        except Exception as error:
+            self.failure = error
+            log.exception("the engine did not start")
+
+    @property
+    def ready(self) -> bool:
+        return self._started and self.engine.stats().alive and not self.draining
+
+    @property
+    def dead(self) -> bool:
+        """Whether the engine will never answer again."""
+        return self.failure is not None or (self._started and not self.engine.stats().alive)
+
+    async def abort_all(self) -> None:
+        """Ends everything that is being answered; clients get what there is."""
+        for generation in list(self._running):
+            await generation.abort()
+
+    # ------------------------------------------------------------------------------------------------------- endpoints
+
+    async def health(self, exchange: Exchange) -> None:
+        self._check_ready()
+        await exchange.answer({})
+
+    async def show_metrics(self, exchange: Exchange) -> None:
+        await exchange.answer_bytes(self.metrics.text(), "text/plain; version=0.0.4; charset=utf-8")
+
+    async def list_models(self, exchange: Exchange) -> None:
+        await exchange.answer({"object": "list", "data": [self._card()]})
+
+    async def show_model(self, exchange: Exchange) -> None:
+        check_model(exchange.scope["path_params"]["name"], self.config)
+        await exchange.answer(self._card())
+
+    async def tokenize(self, exchange: Exchange) -> None:
+        await exchange.answer(await self._prepare(tokenize, await exchange.body()))
+
+    async def detokenize(self, exchange: Exchange) -> None:
+        await exchange.answer(await self._prepare(detokenize, await exchange.body()))
+
+    async def completions(self, exchange: Exchange) -> None:
+        await self._generate(exchange, completion_job, CompletionAnswer)
+
+    async def chat(self, exchange: Exchange) -> None:
+        await self._generate(exchange, chat_job, ChatAnswer)
+
+    # ------------------------------------------------------------------------------------------------------ generating
+
+    async def _generate(self, exchange: Exchange, prepare: _Prepare, answer: type[Answer]) -> None:
+        self._check_ready()
+        if self.active >= self.config.max_streams:
+            message = f"{self.config.max_streams} requests are being answered, which is the limit; try again later"
+            raise ApiError(429, message, code="rate_limit_exceeded", headers={"retry-after": "1"})
+        self.active += 1
+        try:
+            body = await exchange.body()
+            await exchange.while_client_waits(self._answer(exchange, body, prepare, answer))
+        finally:
+            self.active -= 1
+
+    async def _answer(self, exchange: Exchange, body: bytes, prepare: _Prepare, answer: type[Answer]) -> None:
+        job: Job = await self._prepare(prepare, body)
+        reply = answer(job, self.engine.tokenizer, self.config.model_name)
+        async with Generation(self.engine, job.prompts, job.sampling, timeout_s=job.timeout_s) as generation:
+            self._running.add(generation)
+            try:
+                if job.request.stream:
+                    await self._stream(exchange, reply, generation)
+                else:
+                    await self._whole(exchange, reply, generation)
+            finally:
+                self._running.discard(generation)
+
+    async def _whole(self, exchange: Exchange, reply: Answer, generation: Generation) -> None:
+        choices: dict[int, Piece] = {}
+        while not generation.finished:
+            for piece in await generation.take():
+                whole = choices.setdefault(piece.choice, piece)
+                if whole is not piece:
+                    whole.extend(piece)
+        await exchange.answer(reply.whole(choices.values(), generation.usage))
+
+    async def _stream(self, exchange: Exchange, reply: Answer, generation: Generation) -> None:
+        # The response begins with the first piece, so that what fails before has its own HTTP status.
+        while not generation.finished:
+            pieces = await generation.take(patience_s=self.config.comment_interval_s)
+            opening = [] if exchange.started else reply.opening()
+            if not exchange.started:
+                await exchange.start_events()
+            chunks = opening + [chunk for piece in pieces for chunk in reply.chunks(piece)]
+            if chunks:
+                await exchange.event(*chunks)
+            elif not pieces:
+                await exchange.comment()
+        closing = reply.closing(generation.usage)
+        if closing:
+            await exchange.event(*closing)
+        await exchange.end_events()
+
+    async def _prepare(self, prepare: _Prepare, body: bytes) -> Any:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._pool, prepare, body, self.engine, self.config)
+
+    def _check_ready(self) -> None:
+        stats = self.engine.stats()
+        if self.failure is not None or not stats.alive:
+            raise unavailable("the engine has stopped", "engine_dead", 10)
+        if self.draining:
+            raise unavailable("the server is shutting down", "shutting_down", 10)
+        if not self._started:
+            progress = round(stats.warm_progress, 4)
+            message = f"the engine is warming up, {progress:.0%} done"
+            raise unavailable(message, "warming_up", 1, progress=progress)
+
+    def _card(self) -> dict[str, Any]:
+        return {
+            "id": self.config.model_name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "jaxstack",
+            "root": self.config.model_name,
+            "parent": None,
+            "max_model_len": self.engine.max_model_len,
+        }
+
+
+class _Endpoint:
+    """A handler as an ASGI application that answers every error as OpenAI does."""
+
+    def __init__(self, handler: _Handler, config: ServerConfig, *, needs_key: bool = True):
+        self._handler, self._config = handler, config
+        self._key = config.api_key if needs_key else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(scope, receive, send, self._config)
+        try:
+            self._check_key(exchange)
+            await self._handler(exchange)
+        except ClientGone as gone:
+            log.info("499 %s %s: client gone %s", scope["method"], scope["path"], gone)
+        except Exception as error:
+            known = as_api_error(error)
+            if known is None:
+                number = uuid.uuid4().hex
+                log.exception("error %s in %s %s", number, scope["method"], scope["path"])
+                known = ApiError(500, f"internal error {number}", code="internal_error")
+            with contextlib.suppress(ClientGone):
+                await exchange.fail(known)
+
+    def _check_key(self, exchange: Exchange) -> None:
+        if self._key is None:
+            return
+        scheme, _, given = exchange.headers.get("authorization", "").partition(" ")
+        right = hmac.compare_digest(given.strip().encode("utf-8"), self._key.encode("utf-8"))
+        if scheme.lower() != "bearer" or not right:
+            message = "missing or wrong API key; expected the header Authorization: Bearer KEY"
+            raise ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+
+
+class _RouterRefusal:
+    """What the router itself refuses, as a response."""
+
+    def __init__(self, error: HTTPException, config: ServerConfig):
+        self._error, self._config = error, config
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        words = {404: ("no such path", "not_found"), 405: ("not allowed here", "method_not_allowed")}
+        status = self._error.status_code
+        message, code = words.get(status, (str(self._error.detail), None))
+        known = ApiError(
+            status, f"{scope['method']} {scope['path']}: {message}", code=code, headers=self._error.headers
+        )
+        with contextlib.suppress(ClientGone):
+            await Exchange(scope, receive, send, self._config).fail(known)
+
+
+def build_app(engine: Engine, config: ServerConfig | None = None) -> Starlette:
+    """The ASGI application; `app.state.service` is its `Service`.
+
+    Its lifespan starts the engine, but does not close it.
+    """
+    config = config or ServerConfig()
+    service = Service(engine, config)
+
+    def route(path: str, method: str, handler: _Handler, needs_key: bool = True) -> Route:
+        return Route(path, _Endpoint(handler, config, needs_key=needs_key), methods=[method])
+
+    routes = [
+        route("/health", "GET", service.health, needs_key=False),
+        route("/metrics", "GET", service.show_metrics, needs_key=False),
+        route("/v1/models", "GET", service.list_models),
+        route("/v1/models/{name:path}", "GET", service.show_model),
+        route("/v1/completions", "POST", service.completions),
+        route("/v1/chat/completions", "POST", service.chat),
+        route("/tokenize", "POST", service.tokenize),
+        route("/detokenize", "POST", service.detokenize),
+    ]
+    middleware = []
+    if config.allowed_origins:
+        cors = Middleware(
+            CORSMiddleware, allow_origins=list(config.allowed_origins), allow_methods=["*"], allow_headers=["*"]
+        )
+        middleware.append(cors)
+    app = Starlette(
+        routes=routes,
+        middleware=middleware,
+        exception_handlers={HTTPException: lambda request, error: _RouterRefusal(error, config)},  # type: ignore[dict-item]
+        lifespan=service.lifespan,
+    )
+    app.router.redirect_slashes = False
+    app.state.service = service
+    return app
