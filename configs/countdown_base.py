@@ -29,7 +29,7 @@ MODEL = DecoderConfig(
 )
 # A row holds two of the longest texts (132 tokens), so nothing is dropped.
 SEQ_LEN = 272
-BATCH_ROWS = 16
+BATCH_ROWS = 8
 
 
 def get_config(tokenizer: str | None = None) -> SftConfig:
@@ -43,7 +43,7 @@ def get_config(tokenizer: str | None = None) -> SftConfig:
         ),
         batch_rows=BATCH_ROWS,
         seq_len=SEQ_LEN,
-        max_steps=700,
+        max_steps=1200,
         log_every=10,
-        save_every=200,
+        save_every=400,
     )

@@ -20,7 +20,7 @@ def get_config(model: str | None = None, tokenizer: str | None = None) -> SftCon
     return SftConfig(
         model=model or MODEL,
         tokenizer=tokenizer or str(embedded_model("countdown")),
-        data=DataConfig(dataset="countdown_sft", dataset_size=20_000),
+        data=DataConfig(dataset="countdown_sft", dataset_size=30_000),
         optimizer=OptimizerConfig(
             learning_rate=2e-3 if model else 4e-3,
             b2=0.98,
@@ -31,8 +31,8 @@ def get_config(model: str | None = None, tokenizer: str | None = None) -> SftCon
         ),
         batch_rows=BATCH_ROWS,
         seq_len=SEQ_LEN,
-        max_steps=600,
+        max_steps=1600,
         log_every=10,
-        save_every=200,
+        save_every=400,
         seed=1,
     )

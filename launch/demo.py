@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+import httpx
 import numpy as np
 import openai
 from absl import flags
@@ -145,6 +146,7 @@ class TracePrinter:
 
     def end(self, answer: Answer) -> None:
         mark = self._paint("32", "correct") if answer.correct else self._paint("31", f"wrong: {answer.reason}")
+        self._out.write("" if self._at_line_start else "\n")
         self._out.write(f"    [{mark}, {answer.tokens} tokens in {answer.last_token_s:.2f} s]\n")
         self._out.flush()
 
@@ -172,7 +174,7 @@ def summarise(
       thinking: answers with thinking, all sent at once; latency and throughput are theirs.
       direct: the same problems without thinking.
       seconds: how long the first took, from the first request to the last token.
-      before: the server's counters when it was warm.
+      before: the server's counters when it was warm. Its count of compilations is of those after warm-up as it is.
       after: the server's counters at the end.
     """
     grown = {name: value - before.get(name, 0.0) for name, value in after.items()}
@@ -182,7 +184,7 @@ def summarise(
         "accuracy": round(float(np.mean([a.correct for a in thinking])), 4),
         "problems": len(thinking),
         "accuracy_no_thinking": round(float(np.mean([a.correct for a in direct])), 4),
-        "recompilations": int(grown.get("jaxstack:compilations_total", 0)),
+        "recompilations": int(after.get("jaxstack:compilations_total", 0)),
         "tokens_per_s": round(tokens / seconds, 1),
         **percentiles("ttft", [a.first_token_s for a in thinking]),
         **percentiles("tpot", [a.per_token_s for a in thinking if a.per_token_s is not None]),
@@ -233,7 +235,12 @@ async def converse(
 ) -> tuple[list[Answer], list[Answer], float]:
     """The conversation with a warm server: a few problems to watch, then all, thinking and not."""
     printer = TracePrinter(sys.stderr)
-    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300) as client:
+    # As many connections as requests; and no proxy from the environment between us and this machine.
+    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+    http = openai.DefaultAsyncHttpxClient(limits=limits, trust_env=False)
+    async with openai.AsyncOpenAI(
+        base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300, http_client=http
+    ) as client:
         model = (await client.models.list()).data[0].id
         for problem in shown:
             printer.begin(problem)

@@ -26,6 +26,7 @@ from jaxstack.reasoning.countdown import held_out, solve
 from jaxstack.reasoning.datasets import write_dataset
 from jaxstack.reasoning.evaluation import Outcome, accuracy, answer_problems
 from jaxstack.reasoning.tokenizer import write_tokenizer
+from jaxstack.serving import EngineModel
 from jaxstack.training import SftConfig, TrainResult, train_sft
 from launch import job
 
@@ -53,9 +54,9 @@ def train_stage(config: SftConfig, workdir: Path, name: str, *, data_seed: int) 
 
 def measure(folder: Path, count: int) -> tuple[list[Outcome], list[Outcome]]:
     """Greedy answers to `count` held-out prompts, with and without thinking."""
-    engine = Engine.from_folder(folder, EngineConfig(max_sequences=32, max_batch_tokens=256))
+    model = EngineModel(Engine.from_folder(folder, EngineConfig(max_sequences=32, max_batch_tokens=256)))
     problems = held_out(count, seed=_FINAL_SHUFFLE)
-    return answer_problems(engine, problems, thinking=True), answer_problems(engine, problems, thinking=False)
+    return answer_problems(model, problems, thinking=True), answer_problems(model, problems, thinking=False)
 
 
 def figures(thinking: Sequence[Outcome], direct: Sequence[Outcome]) -> dict[str, Any]:

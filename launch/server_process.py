@@ -65,7 +65,7 @@ def server_process(
 def metrics(url: str) -> dict[str, float]:
     """The samples of `/metrics` without labels, summed over theirs: name -> value."""
     totals: dict[str, float] = {}
-    for family in text_string_to_metric_families(httpx.get(f"{url}/metrics", timeout=30).text):
+    for family in text_string_to_metric_families(httpx.get(f"{url}/metrics", timeout=30, trust_env=False).text):
         for sample in family.samples:
             totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
     return totals
@@ -76,12 +76,13 @@ def _wait_until_ready(child: subprocess.Popen, url: str, log_file: Path, timeout
     with tqdm(total=1.0, desc="starting the server", bar_format="{desc}: {percentage:3.0f}% {elapsed}") as bar:
         while child.poll() is None and time.monotonic() < end:
             with contextlib.suppress(httpx.TransportError):
-                answer = httpx.get(f"{url}/health", timeout=5)
+                answer = httpx.get(f"{url}/health", timeout=5, trust_env=False)
                 if answer.status_code == 200:
                     bar.update(1.0 - bar.n)
                     return
+                # 503 with how far the engine's warm-up is.
                 with contextlib.suppress(ValueError, AttributeError, TypeError):
-                    bar.update(max(0.0, float(answer.json().get("warm_progress", 0.0)) - bar.n))
+                    bar.update(max(0.0, float(answer.json()["error"].get("progress", 0.0)) - bar.n))
             time.sleep(0.2)
             bar.refresh()
     lines = [line for line in log_file.read_text(errors="replace").splitlines() if line.strip()]

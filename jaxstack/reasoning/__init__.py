@@ -7,6 +7,7 @@ are right, and why not.
     countdown.py    Countdown-3: problems, split, canonical search, grader
     traces.py       search traces, direct answers, base-skill documents
     tokenizer.py    the word-level tokenizer and chat template of the embedded models
+    evaluation.py   a language model's answers to problems, graded
     datasets.py     named data sets as JSONL files that `jaxstack.training` reads
 """
 

@@ -3,8 +3,9 @@
 import dataclasses
 from collections.abc import Sequence
 
-from jaxstack.engine import Engine, SamplingParams
+from jaxstack.engine import SamplingParams
 from jaxstack.reasoning.countdown import Problem, grade
+from jaxstack.serving import LanguageModel
 
 # The longest search has 132 tokens.
 MAX_TOKENS = 150
@@ -22,31 +23,22 @@ class Outcome:
 
 
 def answer_problems(
-    engine: Engine, problems: Sequence[Problem], *, thinking: bool, sampling: SamplingParams | None = None
+    model: LanguageModel, problems: Sequence[Problem], *, thinking: bool, sampling: SamplingParams | None = None
 ) -> list[Outcome]:
     """One graded answer for each problem, in order.
 
     Args:
-      engine: of a model whose chat template knows `enable_thinking`.
+      model: its chat template must know `enable_thinking`.
       problems: what to ask.
       thinking: whether the model may think.
       sampling: greedy with 150 tokens by default.
     """
     sampling = sampling or SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
-    tokenizer = engine.tokenizer
-    assert tokenizer is not None
-    prompts = [
-        tokenizer.encode(
-            tokenizer.render_chat([{"role": "user", "content": problem.content}], enable_thinking=thinking),
-            add_special_tokens=False,
-        )
-        for problem in problems
-    ]
+    prompts = [[{"role": "user", "content": problem.content}] for problem in problems]
     outcomes = []
-    for problem, output in zip(problems, engine.generate(prompts, sampling)):
-        completion = output.completions[0]
-        result = grade(problem, completion.text)
-        outcomes.append(Outcome(problem, completion.text, result.correct, result.reason, len(completion.token_ids)))
+    for problem, result in zip(problems, model.generate(prompts, sampling, chat_kwargs={"enable_thinking": thinking})):
+        verdict = grade(problem, result.text)
+        outcomes.append(Outcome(problem, result.text, verdict.correct, verdict.reason, result.completion_tokens))
     return outcomes
 
 
