@@ -1,7 +1,7 @@
 """What every launcher shares: configuration files with overrides, one-line errors, exit codes, the summary line.
 
-A launcher declares absl flags, and ends in `job.main(run)`. `run()` returns the job's summary (a JSON-ready dict, or None). Exit
-codes: 0 done, 1 failed, 2 bad usage. A `UserError` prints one line and no traceback.
+A launcher declares absl flags, and ends in `job.main(run)`. `run()` returns the job's summary (a JSON-ready dict, or
+None). Exit codes: 0 done, 1 failed, 2 bad usage. A `UserError` prints one line and no traceback.
 """
 
 import dataclasses
@@ -32,7 +32,8 @@ def load_config(path: str | Path, config_type: type[_Config], overrides: Mapping
     """Runs `get_config()` of the Python file at `path` and applies dotted `overrides` (field path -> text).
 
     Raises:
-      BadUsage: no such file, no `get_config`, another type than `config_type`, an unknown field, or a value that does not parse
+      BadUsage: no such file, no `get_config`, another type than `config_type`, an unknown field, or a value that does
+      not parse
         as the field's declared type.
     """
     file = Path(path)
@@ -97,7 +98,7 @@ def _parse(text: str, kind: Any, whole: str) -> Any:
 
 
 class ConfigFlag(typing.Generic[_Config]):
-    """`--config=FILE` with `--config.field=value` overrides. Declare at import with `job.config_flag(...)`, read with `.get()`."""
+    """`--config=FILE` with `--config.field=value` overrides. Made by `config_flag` at import, read with `.get()`."""
 
     def __init__(self, config_type: type[_Config], default: str):
         self._type, self._default = config_type, default
@@ -129,7 +130,7 @@ _config_flags: list[ConfigFlag] = []
 
 
 def config_flag(config_type: type[_Config], default: str) -> ConfigFlag[_Config]:
-    """Declares `--config` for this launcher; `default` is a path relative to the repository or the installed `configs` package."""
+    """Declares `--config`; `default` is a path in the repository, or of the same name in the installed `configs`."""
     import configs
 
     candidate = Path(default)

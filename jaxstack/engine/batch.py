@@ -16,12 +16,14 @@ from jaxstack.engine.scheduler import StepPlan
 class BatchShape:
     """The static shape of a step: `rows` token rows of at most `sequences` sequences, with `table_pages` pages each.
 
-    `rows == sequences` is a decode step: one token for each sequence.
+    `rows == sequences` is a decode step: one token for each sequence. The sampler, a program of its own, sees `samples`
+    rows, of which the first `sequences` are the step's: few programs for it serve many steps.
     """
 
     rows: int
     sequences: int
     table_pages: int
+    samples: int
 
     @property
     def decode(self) -> bool:
@@ -38,16 +40,23 @@ class BatchShape:
             "kv_lens": (sequences,),
             "query_starts": (sequences + 1,),
             "num_decodes": (),
-            "top_k": (sequences,),
-            "seed": (sequences, 2),
-            "choice": (sequences,),
-            "sample_position": (sequences,),
-            "wants_logprobs": (),
         }
 
-    @property
-    def float_fields(self) -> dict[str, tuple[int, ...]]:
-        return {"temperature": (self.sequences,), "top_p": (self.sequences,)}
+
+def sampling_fields(samples: int) -> dict[str, tuple[int, ...]]:
+    """The sampler's int32 fields."""
+    return {
+        "top_k": (samples,),
+        "seed": (samples, 2),
+        "choice": (samples,),
+        "position": (samples,),
+        "wants_logprobs": (),
+    }
+
+
+def sampling_float_fields(samples: int) -> dict[str, tuple[int, ...]]:
+    """The sampler's float32 fields."""
+    return {"temperature": (samples,), "top_p": (samples,)}
 
 
 def size(fields: dict[str, tuple[int, ...]]) -> int:
@@ -72,7 +81,8 @@ class HostBatch:
     plan: StepPlan
     shape: BatchShape
     ints: Int32[np.ndarray, " n"]
-    floats: Float32[np.ndarray, " n"]
+    sampling_ints: Int32[np.ndarray, " n_ints"]
+    sampling_floats: Float32[np.ndarray, " n_floats"]
 
 
 def choose(plan: StepPlan, shapes: Seq[BatchShape]) -> BatchShape:
@@ -90,8 +100,11 @@ def pack(plan: StepPlan, shapes: Seq[BatchShape], *, page_size: int, num_pages: 
     """Fills the arrays of the smallest shape that fits. Rows beyond the plan write to the scrap page, `num_pages`."""
     shape = choose(plan, shapes)
     ints = np.zeros(size(shape.int_fields), np.int32)
-    floats = np.ones(size(shape.float_fields), np.float32)
-    f, g = cut(ints, shape.int_fields), cut(floats, shape.float_fields)
+    f = cut(ints, shape.int_fields)
+    choices, floats = sampling_fields(shape.samples), sampling_float_fields(shape.samples)
+    sampling_ints = np.zeros(size(choices), np.int32)
+    sampling_floats = np.ones(size(floats), np.float32)
+    h, g = cut(sampling_ints, choices), cut(sampling_floats, floats)
     f["write_slots"][:] = num_pages * page_size
     f["num_decodes"][...] = plan.decodes
     g["temperature"][:] = 0.0
@@ -114,14 +127,14 @@ def pack(plan: StepPlan, shapes: Seq[BatchShape], *, page_size: int, num_pages: 
         f["kv_lens"][i] = end
         at += row.count
         f["query_starts"][i + 1] = at
-        f["top_k"][i] = sampling.top_k
+        h["top_k"][i] = sampling.top_k
         seed = request.seed
-        f["seed"][i] = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32).view(np.int32)
-        f["choice"][i] = sequence.index
-        f["sample_position"][i] = sequence.generated
+        h["seed"][i] = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32).view(np.int32)
+        h["choice"][i] = sequence.index
+        h["position"][i] = sequence.generated
         g["temperature"][i] = sampling.temperature
         g["top_p"][i] = sampling.top_p
         if sampling.logprobs is not None:
-            f["wants_logprobs"][...] = 1
+            h["wants_logprobs"][...] = 1
     f["query_starts"][len(plan.rows) + 1 :] = at
-    return HostBatch(plan, shape, ints, floats)
+    return HostBatch(plan, shape, ints, sampling_ints, sampling_floats)

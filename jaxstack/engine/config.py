@@ -10,6 +10,8 @@ from jaxstack.models.decoder import DecoderConfig
 from jaxstack.runtime.errors import UserError
 
 _SMALLEST_MIXED_STEP = 64
+# The sampler exists for so many rows and for `max_sequences`; steps between are padded to the next.
+_FEW_SAMPLES = 8
 _CPU_CACHE_SHARE, _CPU_CACHE_BYTES = 0.25, 4 * 2**30
 
 
@@ -23,7 +25,7 @@ class EngineConfig:
       max_model_len: prompt and answer together, in tokens; at most what the model was made for.
       page_size: tokens in a page of the KV cache, a power of two.
       num_pages: pages of the KV cache; by default a quarter of the free memory, 4 GiB at the most.
-      prefix_caching: keep the keys and values of finished prompts and answers for later prompts with the same beginning.
+      prefix_caching: keep the keys and values of finished prompts and answers for later prompts that begin alike.
       dtype: of weights, activations and cache; "auto" is float32 on CPU and bfloat16 elsewhere.
       pack_weights: lay weights out for the CPU kernel of `kernels.matmul`; by default wherever that kernel runs.
       max_waiting: requests waiting beyond which a new one is refused.
@@ -49,7 +51,8 @@ class EngineConfig:
             raise UserError(f"page_size: found {self.page_size}, expected a power of two")
         if self.max_batch_tokens < self.max_sequences:
             raise UserError(
-                f"max_batch_tokens: found {self.max_batch_tokens}, expected at least max_sequences = {self.max_sequences}"
+                f"max_batch_tokens: found {self.max_batch_tokens}, expected at least max_sequences = "
+                f"{self.max_sequences}"
             )
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise UserError(f"dtype: found {self.dtype!r}, expected auto, float32 or bfloat16")
@@ -93,16 +96,14 @@ def sizes(config: EngineConfig, model: DecoderConfig, dtype_bytes: int) -> Sizes
         )
     window = min(window, pages * config.page_size)
     table = -(-window // config.page_size)
-    return Sizes(
-        window,
-        pages,
-        tuple(BatchShape(rows, rows, table) for rows in _decode_rows(config.max_sequences))
-        + tuple(BatchShape(rows, config.max_sequences, table) for rows in _mixed_rows(config)),
-    )
+    few, many = min(_FEW_SAMPLES, config.max_sequences), config.max_sequences
+    decode = (BatchShape(rows, rows, table, few if rows <= few else many) for rows in _decode_rows(many))
+    mixed = (BatchShape(rows, many, table, many) for rows in _mixed_rows(config))
+    return Sizes(window, pages, (*decode, *mixed))
 
 
 def _decode_rows(limit: int) -> list[int]:
-    """1, 4, 8, 16, 24, 32, 48, 64, 96, ...: at most half of a step's rows are padding, a third on average much less."""
+    """1, 4, 8, 16, 24, 32, 48, 64, 96, ...: beyond 8 rows at most a third of a full step is padding."""
     rows = [1, 4, 8] + [size for power in range(4, 20) for size in (2**power, 3 * 2 ** (power - 1))]
     return [r for r in rows if r < limit] + [limit]
 

@@ -1,8 +1,9 @@
 """One replica: requests in, tokens out.
 
-A request goes one way: `submit` checks it and puts it in the inbox; `step` takes it out, lets the scheduler plan, packs the plan, launches
-the compiled step, and turns the drawn tokens into text for whoever listens. Nothing calls back up. `generate` drives steps itself;
-`start` gives them a thread of their own, and then `generate`, `stream` and `submit` work from any thread.
+A request goes one way: `submit` checks it and puts it in the inbox; `step` takes it out, lets the scheduler plan, packs
+the plan, launches the compiled step, and turns the drawn tokens into text for whoever listens. Nothing calls back up.
+`generate` drives steps itself; `start` gives them a thread of their own, and then `generate`, `stream` and `submit`
+work from any thread.
 """
 
 import asyncio
@@ -13,7 +14,8 @@ import logging
 import random
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence as Seq
+from collections.abc import AsyncIterator, Callable
+from collections.abc import Sequence as Seq
 from pathlib import Path
 
 import jax
@@ -23,8 +25,8 @@ from tqdm import tqdm
 from jaxstack.engine.batch import pack
 from jaxstack.engine.config import EngineConfig, sizes
 from jaxstack.engine.detokenise import IncrementalDetokenizer
+from jaxstack.engine.listeners import Collector, Feed, wake_all
 from jaxstack.engine.request import (
-    Completion,
     Delta,
     FinishReason,
     Listener,
@@ -55,6 +57,10 @@ _FATAL_FAILURES = 3
 
 class QueueFull(UserError):
     """So many requests wait already that another one is refused; come back later."""
+
+
+class PromptTooLong(UserError):
+    """Prompt and answer together exceed the window."""
 
 
 class EngineDead(RuntimeError):
@@ -121,7 +127,7 @@ class Engine:
         packing = config.pack_weights
         if packing is None:
             packing = on_cpu and dtype == jnp.float32 and matmul.available()
-        decoder = fuse_for_serving(decoder, pack=packing)
+        decoder = fuse_for_serving(decoder, pack=packing, consume=True)
         chosen = sizes(config, model, dtype.itemsize)
         self.max_model_len = chosen.max_model_len
         self.vocab_size = min(model.vocab_size, tokenizer.vocab_size) if tokenizer else model.vocab_size
@@ -147,7 +153,7 @@ class Engine:
         self._draining = False
         self._death: BaseException | None = None
         self._failures = 0
-        self._touched: dict[asyncio.AbstractEventLoop, list[_Feed]] = {}
+        self._touched: dict[asyncio.AbstractEventLoop, list[Feed]] = {}
         self._on_finish: list[Callable[[RequestTiming], None]] = []
         self._finished: collections.Counter[str] = collections.Counter()
         self._prompt_tokens = self._generation_tokens = 0
@@ -233,7 +239,8 @@ class Engine:
         wanted = sampling.max_tokens or 1
         if len(tokens) + wanted > self.max_model_len:
             raise PromptTooLong(
-                f"prompt: found {len(tokens)} tokens and {wanted} to generate, expected at most {self.max_model_len} together"
+                f"prompt: found {len(tokens)} tokens and {wanted} to generate, "
+                f"expected at most {self.max_model_len} together"
             )
         return tokens
 
@@ -267,7 +274,7 @@ class Engine:
             for ids, params in zip(tokens, each):
                 while len(self.scheduler.waiting) + len(self._inbox) >= self.config.max_waiting:
                     self._advance()
-                collector = _Collector(ids, params.n, bar.update)
+                collector = Collector(ids, params.n, bar.update)
                 self.submit(ids, params, collector)
                 collectors.append(collector)
             try:
@@ -291,10 +298,11 @@ class Engine:
     ) -> AsyncIterator[Delta]:
         """The pieces of an answer as they are made, until every choice has finished. Needs `start`.
 
-        Closing the iterator early aborts the request. Raises as `submit` does, and EngineDead if the engine dies underway.
+        Closing the iterator early aborts the request. Raises as `submit` does, and EngineDead if the engine dies
+        underway.
         """
         sampling = sampling or SamplingParams()
-        feed = _Feed(self, asyncio.get_running_loop())
+        feed = Feed(asyncio.get_running_loop(), self._touched)
         name = self.submit(prompt, sampling, feed, request_id, client=client, namespace=namespace)
         open_choices = sampling.n
         try:
@@ -449,7 +457,7 @@ class Engine:
                 self._flush()
 
     def _fail_running(self, error: BaseException) -> None:
-        """A step raised: its requests end, those still waiting stay, and the memory starts afresh (the cache was donated)."""
+        """A step raised: its requests end, those waiting stay, and memory starts afresh (the cache was donated)."""
         with self._driving:
             old = self.scheduler
             hit = {s.request.request_id for s in old.running}
@@ -467,7 +475,7 @@ class Engine:
             self._inbox.popleft()()
 
     def _enter(self, request: Request) -> None:
-        if isinstance(request.listener, _Collector):
+        if isinstance(request.listener, Collector):
             request.listener.request = request
         sampling = request.sampling
         sequences = []
@@ -573,76 +581,10 @@ class Engine:
 
     def _flush(self) -> None:
         """Wakes each event loop once a step, however many of its requests got a token."""
-        touched, self._touched = self._touched, {}
+        touched = dict(self._touched)
+        self._touched.clear()
         for loop, feeds in touched.items():
             try:
-                loop.call_soon_threadsafe(_wake_all, feeds)
+                loop.call_soon_threadsafe(wake_all, feeds)
             except RuntimeError:  # the loop is closed; its requests were aborted or will be, by their iterators
                 log.debug("an event loop closed with %d open requests", len(feeds))
-
-
-class PromptTooLong(UserError):
-    """Prompt and answer together exceed the window."""
-
-
-class _Collector:
-    """Listener of `generate`: puts the pieces of a request together."""
-
-    def __init__(self, prompt: list[int], n: int, on_done: Callable[[], object]):
-        self.request: Request | None = None
-        self.done = threading.Event()
-        self._completions = [Completion(i) for i in range(n)]
-        self._open, self._prompt, self._cached, self._on_done = n, prompt, 0, on_done
-        self._finished_s: float | None = None
-
-    def __call__(self, delta: Delta) -> None:
-        self._completions[delta.index].add(delta)
-        self._cached = delta.cached_tokens
-        if delta.finish_reason is not None:
-            self._open -= 1
-            if self._open == 0:
-                self._finished_s = time.perf_counter()
-                self._on_done()
-                self.done.set()
-
-    def output(self) -> RequestOutput:
-        request = self.request
-        assert request is not None
-        return RequestOutput(
-            request.request_id,
-            self._prompt,
-            self._completions,
-            self._cached,
-            request.arrival_s,
-            request.first_token_s,
-            self._finished_s,
-        )
-
-
-class _Feed:
-    """Listener of `stream`: carries pieces from the step thread to an event loop. The engine never waits for a slow reader."""
-
-    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop):
-        self._engine, self._loop = engine, loop
-        self._pieces: collections.deque[Delta] = collections.deque()
-        self.ready = asyncio.Event()
-
-    def __call__(self, delta: Delta) -> None:
-        self._pieces.append(delta)
-        self._engine._touched.setdefault(self._loop, []).append(self)
-
-    async def take(self) -> list[Delta]:
-        """All pieces that have come since the last call; waits for the first."""
-        while not self._pieces:
-            self.ready.clear()
-            if not self._pieces:
-                await self.ready.wait()
-        pieces = []
-        while self._pieces:
-            pieces.append(self._pieces.popleft())
-        return pieces
-
-
-def _wake_all(feeds: list[_Feed]) -> None:
-    for feed in feeds:
-        feed.ready.set()

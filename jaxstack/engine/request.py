@@ -80,7 +80,7 @@ class SamplingParams:
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprob:
-    """Log probability (natural logarithm, of the unmodified distribution) of a chosen token and of the most likely ones."""
+    """Natural logarithms of the unmodified distribution: of the chosen token, and of the most likely ones."""
 
     token_id: int
     logprob: float
@@ -91,7 +91,8 @@ class TokenLogprob:
 class Delta:
     """One piece of one choice of one request, as it is produced.
 
-    `text` is safe to show: whole characters only, and never part of a stop string. `finish_reason` is None until the last piece.
+    `text` is safe to show: whole characters only, and never part of a stop string. `finish_reason` is None until the
+    last piece.
     """
 
     index: int
@@ -139,7 +140,7 @@ class RequestOutput:
 
 @dataclasses.dataclass(frozen=True)
 class RequestTiming:
-    """What a finished request took, for metrics. Times are seconds of `time.perf_counter`; `token_times` one per token."""
+    """What a finished request took, for metrics. Times are seconds of `time.perf_counter`."""
 
     arrival_s: float
     scheduled_s: float
@@ -182,9 +183,9 @@ class Request:
 class Sequence:
     """One choice of a request while the engine works on it.
 
-    Tokens `[0, computed)` have their keys and values in the cache; the first `shared_pages` entries of `pages` belong to the radix
-    tree and are kept alive by the lock on `node`, the others are private to this sequence. `keys` are the tokens of its whole pages,
-    grown as needed. This is what a scheduling policy sees.
+    Tokens `[0, computed)` have their keys and values in the cache; the first `shared_pages` entries of `pages` belong
+    to the radix tree and are kept alive by the lock on `node`, the others are private to this sequence. `keys` are the
+    tokens of its whole pages, grown as needed. This is what a scheduling policy sees.
     """
 
     request: Request

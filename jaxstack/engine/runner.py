@@ -1,20 +1,23 @@
-"""The only file of the engine that touches device arrays: weights, the KV cache, and one compiled program per batch shape.
+"""The only file of the engine that touches device arrays: weights, the KV cache, and one compiled program per batch
+shape.
 
-Every shape is compiled by `warm_up`; a step then calls the compiled program itself, so a batch of an unforeseen shape is an error and never
-a silent compilation. The cache is donated: each step updates it in place.
+Every shape is compiled by `warm_up`; a step then calls the compiled program itself, so a batch of an unforeseen shape
+is an error and never a silent compilation. The cache is donated: each step updates it in place.
 """
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from jaxstack.engine.batch import BatchShape, HostBatch, cut, size
+from jaxstack.engine.batch import BatchShape, HostBatch, cut, sampling_fields, sampling_float_fields, size
 from jaxstack.engine.request import TokenLogprob
 from jaxstack.engine.sampling import RowParams, Sampled, sample
 from jaxstack.models.decoder import Decoder
@@ -30,7 +33,7 @@ class StepFuture:
     sampled: Sampled
 
     def tokens(self) -> list[int]:
-        """One token per sequence row; -1 where the logits were not finite. Rows that do not sample hold nothing of use."""
+        """One token per sequence row; -1 where the logits were not finite. Only rows that sample count."""
         return np.asarray(self.sampled.token).tolist()
 
     def logprobs(self, row: int, alternatives: int) -> TokenLogprob:
@@ -72,6 +75,7 @@ class Runner:
         self._cache_shape = (self.config.num_layers, num_pages + 1, page_size, 2 * heads, head_dim)
         self._cache = jnp.zeros(self._cache_shape, self.dtype)
         self._steps: dict[BatchShape, Callable] = {}
+        self._samplers: dict[int, Callable] = {}
         self._counter = CompileCounter()
 
     @property
@@ -98,36 +102,52 @@ class Runner:
             return
         bar = tqdm(self.shapes, desc="compiling", unit="step", file=sys.stderr, disable=not progress, leave=False)
         for shape in bar:
-            ints, floats = np.zeros(size(shape.int_fields), np.int32), np.zeros(size(shape.float_fields), np.float32)
-            fields = cut(ints, shape.int_fields)
-            fields["write_slots"][:] = (self._cache_shape[1] - 1) * self.page_size
-            compiled = self.compile(shape)
-            self._cache, sampled = compiled(self._weights, self._cache, ints, floats)
+            ints = np.zeros(size(shape.int_fields), np.int32)
+            cut(ints, shape.int_fields)["write_slots"][:] = (self._cache_shape[1] - 1) * self.page_size
+            step = self.compile(shape)
+            self._cache, logits = step(self._weights, self._cache, ints)
+            if shape.samples not in self._samplers:
+                self._samplers[shape.samples] = self.compile_sampler(shape.samples, logits)
+            choices, floats = (size(f(shape.samples)) for f in (sampling_fields, sampling_float_fields))
+            sampled = self._samplers[shape.samples](logits, np.zeros(choices, np.int32), np.zeros(floats, np.float32))
             jax.block_until_ready(sampled)
-            self._steps[shape] = compiled
+            self._steps[shape] = step
         self._counter.reset()
 
     def compile(self, shape: BatchShape):
-        """The compiled program of one shape (`jax.stages.Compiled`)."""
+        """The compiled forward pass of one shape (`jax.stages.Compiled`): weights, cache, ints -> cache, logits."""
         ints = jax.ShapeDtypeStruct((size(shape.int_fields),), jnp.int32)
-        floats = jax.ShapeDtypeStruct((size(shape.float_fields),), jnp.float32)
 
-        def step(weights, cache, ints, floats):
-            return self._step(shape, weights, cache, ints, floats)
+        def step(weights, cache, ints):
+            return self._step(shape, weights, cache, ints)
 
-        return jax.jit(step, donate_argnums=(1,)).lower(self._weights, self._cache, ints, floats).compile()
+        return jax.jit(step, donate_argnums=(1,)).lower(self._weights, self._cache, ints).compile()
+
+    def compile_sampler(self, rows: int, logits: Float[Array, "rows vocab"]):
+        """The compiled sampler: logits, ints, floats -> `Sampled`."""
+        choices, floats = sampling_fields(rows), sampling_float_fields(rows)
+
+        def draw(logits, ints, reals):
+            f, g = cut(ints, choices), cut(reals, floats)
+            seed = jax.lax.bitcast_convert_type(f.pop("seed"), jnp.uint32)
+            return sample(logits, RowParams(seed=seed, **f, **g))
+
+        ints = jax.ShapeDtypeStruct((size(choices),), jnp.int32)
+        reals = jax.ShapeDtypeStruct((size(floats),), jnp.float32)
+        return jax.jit(draw).lower(logits, ints, reals).compile()
 
     def launch(self, batch: HostBatch) -> StepFuture:
         """Starts a step and returns at once."""
-        self._cache, sampled = self._steps[batch.shape](self._weights, self._cache, batch.ints, batch.floats)
+        self._cache, logits = self._steps[batch.shape](self._weights, self._cache, batch.ints)
+        sampled = self._samplers[batch.shape.samples](logits, batch.sampling_ints, batch.sampling_floats)
         return StepFuture(batch, sampled)
 
     def reset_cache(self) -> None:
         """A new empty cache, for when a failed step has consumed the old one."""
         self._cache = jnp.zeros(self._cache_shape, self.dtype)
 
-    def _step(self, shape: BatchShape, weights, cache, ints, floats):
-        f, g = cut(ints, shape.int_fields), cut(floats, shape.float_fields)
+    def _step(self, shape: BatchShape, weights, cache, ints):
+        f = cut(ints, shape.int_fields)
         decoder = nnx.merge(self._graph, weights)
         batch = ragged(f["block_tables"], f["kv_lens"], f["query_starts"], f["num_decodes"], rows=shape.rows)
         page, offset = f["write_slots"] // self.page_size, f["write_slots"] % self.page_size
@@ -143,13 +163,4 @@ class Runner:
         logits = decoder.logits(hidden if shape.decode else hidden[last])
         if logits.shape[-1] > self._vocab_size:
             logits = jnp.where(jnp.arange(logits.shape[-1]) < self._vocab_size, logits, -jnp.inf)
-        params = RowParams(
-            g["temperature"],
-            g["top_p"],
-            f["top_k"],
-            jax.lax.bitcast_convert_type(f["seed"], jnp.uint32),
-            f["choice"],
-            f["sample_position"],
-            f["wants_logprobs"],
-        )
-        return cache, sample(logits, params)
+        return cache, jnp.pad(logits, ((0, shape.samples - shape.sequences), (0, 0)))

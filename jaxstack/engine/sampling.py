@@ -1,12 +1,12 @@
 """Drawing tokens from logits, inside the jitted step.
 
-No sort, no noise over the vocabulary. Every filter is a property of the row: top-k and top-p that end inside the 64 largest logits are
-settled there; the rest finds its threshold by bisection on the bits of the logits, which is exact; and one uniform number per (seed,
-choice, position) picks the token by its place in the cumulative distribution. So a row's token depends on its logits and its own
-parameters alone, never on its batch.
+No sort, no noise over the vocabulary. Every filter is a property of the row: top-k and top-p that end inside the 64
+largest logits are settled there; the rest finds its threshold by bisection on the bits of the logits, which is exact;
+and one uniform number per (seed, choice, position) picks the token by its place in the cumulative distribution. So a
+row's token depends on its logits and its own parameters alone, never on its batch.
 
-Order of the filters: temperature, top-k, top-p of the mass that top-k left (a token stays if the mass strictly before it is below p).
-Equal logits count in order of token id.
+Order of the filters: temperature, top-k, top-p of the mass that top-k left (a token stays if the mass strictly before
+it is below p). Equal logits count in order of token id.
 """
 
 from typing import NamedTuple
@@ -36,7 +36,10 @@ class RowParams(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """`token` is -1 where the logits were not finite. Log probabilities are of the unmodified distribution, zeros if not wanted."""
+    """`token` is -1 where the logits were not finite.
+
+    Log probabilities are of the unmodified distribution, zeros if not wanted.
+    """
 
     token: Int[Array, " rows"]
     logprob: Float[Array, " rows"]
@@ -90,9 +93,9 @@ def _draw(logits, params, width):
     weights = jnp.where(by_rank[:, None] & (rank >= params.top_k[:, None]), 0.0, weights)
     mass = jnp.where(by_rank & (params.top_k <= width), weights.sum(-1), total)
     limit = params.top_p * mass
-    before = jnp.cumsum(weights, axis=-1) - weights
+    before = _running_sum(weights) - weights
     kept = jnp.where((before < limit[:, None]) & (weights > 0), weights, 0.0)
-    cumulative = jnp.cumsum(kept, axis=-1)
+    cumulative = _running_sum(kept)
     target = uniform * cumulative[:, -1]
     place = jnp.minimum((cumulative <= target[:, None]).sum(-1), (kept > 0).sum(-1) - 1)
     inside = jnp.take_along_axis(ids, jnp.maximum(place, 0)[:, None], axis=-1)[:, 0]
@@ -128,21 +131,21 @@ def _filtered(scaled, highest, params):
 
     # Top-k: the largest threshold with at least k logits at or above it; of those equal to it, the first ones.
     k = jnp.where(params.top_k > 0, jnp.minimum(params.top_k, vocab), vocab)
-    threshold = _bisect(lambda t: (order >= t[:, None]).sum(-1) >= k)
+    threshold = _bisect(lambda t: (order >= t[:, None]).sum(-1) >= k, order)
     above = order > threshold[:, None]
     ties = order == threshold[:, None]
-    spare = k - above.sum(-1)
-    weights = jnp.where(above | (ties & (jnp.cumsum(ties, -1) <= spare[:, None])), weights, 0.0)
+    weights = jnp.where(above | _first_of(ties, k - above.sum(-1)), weights, 0.0)
 
-    # Top-p: the largest threshold with at least that mass at or above it; equal ones stay while the mass before is below p.
+    # Top-p: the largest threshold with at least that mass at or above it; of those equal to it, the first ones: each
+    # while the mass before it is below p.
     limit = params.top_p * weights.sum(-1)
-    threshold = _bisect(lambda t: jnp.where(order >= t[:, None], weights, 0.0).sum(-1) >= limit)
+    threshold = _bisect(lambda t: jnp.where(order >= t[:, None], weights, 0.0).sum(-1) >= limit, order)
     above = order > threshold[:, None]
     ties = (order == threshold[:, None]) & (weights > 0)
-    mass_above = jnp.where(above, weights, 0.0).sum(-1)
     each = jnp.where(ties, weights, 0.0).max(-1)
-    mass_before = mass_above[:, None] + (jnp.cumsum(ties, -1) - 1) * each[:, None]
-    kept = jnp.where(above | (ties & (mass_before < limit[:, None])), weights, 0.0)
+    missing = limit - jnp.where(above, weights, 0.0).sum(-1)
+    count = jnp.ceil(missing / jnp.maximum(each, 1e-37)).astype(jnp.int32)
+    kept = jnp.where(above | _first_of(ties, count), weights, 0.0)
     return jnp.where((params.top_p >= 1.0)[:, None], weights, kept)
 
 
@@ -152,8 +155,8 @@ def _sortable(x):
     return jnp.where(bits < 0, jnp.int32(-(2**31)) - bits, bits)
 
 
-def _bisect(holds):
-    """For each row the largest int32 t with `holds(t)`, given that it holds for the smallest and is monotone."""
+def _bisect(holds, values):
+    """For each row of `values` the largest int32 t with `holds(t)`, which is monotone and holds for the smallest."""
 
     def narrow(_, bounds):
         low, high = bounds  # holds at low, not known to at anything above high
@@ -161,30 +164,44 @@ def _bisect(holds):
         ok = holds(middle)
         return jnp.where(ok, middle, low), jnp.where(ok, high, middle - 1)
 
-    rows = jax.eval_shape(lambda: holds(jnp.zeros((1,), jnp.int32))).shape[0]
-    low = jnp.full((rows,), -(2**31) + 1, jnp.int32)
-    high = jnp.full((rows,), 2**31 - 1, jnp.int32)
+    low = jnp.full(values.shape[:1], -(2**31) + 1, jnp.int32)
+    high = jnp.full(values.shape[:1], 2**31 - 1, jnp.int32)
     return jax.lax.fori_loop(0, 32, narrow, (low, high))[0]
 
 
+def _first_of(flags, count):
+    """The first `count` set flags of each row."""
+    column = jnp.arange(flags.shape[1])
+    last = _bisect(lambda t: (flags & (column <= t[:, None])).sum(-1) <= count, flags)
+    return flags & (column <= last[:, None])
+
+
+def _running_sum(weights):
+    """Inclusive sums along short rows, each in an order of its own that no other row influences."""
+    rank = jnp.arange(weights.shape[1])
+    return jnp.where(rank[:, None] >= rank, weights[:, None, :], 0.0).sum(-1)
+
+
 def _inverse_cdf(weights, uniform):
-    """The column where the cumulative sum of a row's weights passes `uniform` of its total: by blocks, then inside one."""
+    """The column where a row's running sum passes `uniform` of its total: by blocks, then inside one."""
     rows, vocab = weights.shape
     blocks = jnp.pad(weights, ((0, 0), (0, -vocab % _BLOCK))).reshape(rows, -1, _BLOCK)
     sums = blocks.sum(-1)
-    cumulative = jnp.cumsum(sums, axis=-1)
-    target = uniform * cumulative[:, -1]
-    block = _first_above(cumulative, target, sums > 0)
+    block, before = _passing(sums, uniform * sums.sum(-1))
     inner = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    passed = jnp.where(
-        block > 0, jnp.take_along_axis(cumulative, jnp.maximum(block - 1, 0)[:, None], axis=1)[:, 0], 0.0
-    )
-    return block * _BLOCK + _first_above(jnp.cumsum(inner, -1), target - passed, inner > 0)
+    column, _ = _passing(inner, uniform * sums.sum(-1) - before)
+    return block * _BLOCK + column
 
 
-def _first_above(cumulative, target, possible):
-    """The first column with `cumulative > target`; rounding may leave none, then the last possible one."""
-    columns = jnp.arange(cumulative.shape[1])
-    hit = (cumulative > target[:, None]) & possible
-    last = jnp.where(possible, columns, 0).max(-1)
-    return jnp.where(hit.any(-1), jnp.argmax(hit, axis=-1), last)
+def _passing(weights, target):
+    """The first column whose inclusive running sum exceeds `target`, and the sum before it.
+
+    Rounding may leave none; then it is the last column with any weight.
+    """
+    column = jnp.arange(weights.shape[1])
+    up_to = lambda t: jnp.where(column <= t[:, None], weights, 0.0).sum(-1)  # noqa: E731
+    found = jnp.minimum(_bisect(lambda t: up_to(t) <= target, weights), weights.shape[1] - 1) + 1
+    last = jnp.where(weights > 0, column, 0).max(-1)
+    # Weightless columns cannot be the first to exceed, so `found` has weight unless it ran past the end.
+    found = jnp.clip(jnp.minimum(found, last), 0)
+    return found, up_to(found - 1)

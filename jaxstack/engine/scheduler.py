@@ -1,9 +1,9 @@
 """What the next step computes: which sequences, which of their tokens, on which pages. Plain Python, no jax.
 
-One step: decode rows first (so that a long prompt never delays a running answer by more than one step), then prompts that are partly
-computed, then new ones as the policy orders them, each as far as the token budget, the slots and the pages go. When a running
-sequence needs a page and none is left, cached prefixes are evicted, then the policy's victim is preempted: its whole pages go to the
-prefix cache, so that coming back is mostly a cache hit.
+One step: decode rows first (so that a long prompt never delays a running answer by more than one step), then prompts
+that are partly computed, then new ones as the policy orders them, each as far as the token budget, the slots and the
+pages go. When a running sequence needs a page and none is left, cached prefixes are evicted, then the policy's victim
+is preempted: its whole pages go to the prefix cache, so that coming back is mostly a cache hit.
 """
 
 import dataclasses
@@ -218,7 +218,7 @@ class Scheduler:
         return False
 
     def _reserve(self, sequence: Sequence, tokens: int, rows: dict[Sequence, Row]) -> bool:
-        """Pages for the first `tokens` tokens; evicts and preempts as needed. False: `sequence` itself was preempted."""
+        """Pages for the first `tokens` tokens; evicts and preempts as needed. False: `sequence` was preempted."""
         need = self._pages_for(tokens) - len(sequence.pages)
         while need > self.pool.free:
             if self.tree.evict(need - self.pool.free):

@@ -1,9 +1,9 @@
 """Attention of new tokens over a paged KV cache: one ragged operation for prompt chunks and decode rows.
 
-The cache is `[layers, pages, page_size, 2 * kv_heads, head_dim]`, keys and values interleaved on the head axis (2h is key head h,
-2h + 1 its value), so that one page of one layer is one contiguous block. Query rows of all sequences lie one after another; sequence
-s owns rows `query_starts[s] .. query_starts[s + 1]`, the last tokens of its `kv_lens[s]` tokens in the cache. The first
-`num_decodes` sequences have one row each.
+The cache is `[layers, pages, page_size, 2 * kv_heads, head_dim]`, keys and values interleaved on the head axis (2h is
+key head h, 2h + 1 its value), so that one page of one layer is one contiguous block. Query rows of all sequences lie
+one after another; sequence s owns rows `query_starts[s] .. query_starts[s + 1]`, the last tokens of its `kv_lens[s]`
+tokens in the cache. The first `num_decodes` sequences have one row each.
 """
 
 from typing import Literal
@@ -29,8 +29,8 @@ def paged_attention(
 ) -> Float[Array, "rows heads head_dim"]:
     """Softmax attention of every query row over its own sequence's cached tokens, causal, within `window`.
 
-    Key j is visible to the query at position i if `i - window < j <= i`. Scores and softmax are float32; the result has q's dtype.
-    Rows beyond `query_starts[-1]` are finite and meaningless.
+    Key j is visible to the query at position i if `i - window < j <= i`. Scores and softmax are float32; the result has
+    q's dtype. Rows beyond `query_starts[-1]` are finite and meaningless.
 
     Args:
       implementation: "ref" (dense, the oracle) or "xla" (blocked, cost follows the real lengths); None picks "xla".

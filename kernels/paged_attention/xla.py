@@ -1,8 +1,9 @@
-"""Blocked attention in plain XLA: online softmax over blocks of keys, with loops whose trip counts follow the real lengths.
+"""Blocked attention in plain XLA: online softmax over blocks of keys, with loops whose trip counts follow the real
+lengths.
 
-Decode rows go together: one loop over key blocks, as long as the longest of them. Prompt chunks go by work items of QUERY_BLOCK rows of
-one sequence, each with a loop over the key blocks it can see. Nothing is padded to the longest context, and context length is no
-shape, so nothing is compiled again when contexts grow.
+Decode rows go together: one loop over key blocks, as long as the longest of them. Prompt chunks go by work items of
+QUERY_BLOCK rows of one sequence, each with a loop over the key blocks it can see. Nothing is padded to the longest
+context, and context length is no shape, so nothing is compiled again when contexts grow.
 """
 
 import jax

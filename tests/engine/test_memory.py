@@ -1,4 +1,6 @@
-"""Pages and prefix cache against an oracle: a dict from token prefixes to pages, and exact accounting after every operation."""
+"""Pages and prefix cache against an oracle: a dict from token prefixes to pages, and exact accounting after every
+operation.
+"""
 
 import random
 

@@ -109,7 +109,7 @@ def test_a_row_does_not_depend_on_its_batch():
         top_p=jnp.array([1, 0.9, 1, 0.99, 0.2, 0.97, 1, 0.5], jnp.float32),
     )
     together = np.asarray(draw(logits, mixed).token)
-    alone = jax.jit(lambda l, p: sample(l, p).token)
+    alone = jax.jit(lambda logits, p: sample(logits, p).token)
     for i in range(8):
         one = RowParams(*(x[i : i + 1] if x.ndim else x for x in mixed))
         assert int(alone(logits[i : i + 1], one)[0]) == together[i]

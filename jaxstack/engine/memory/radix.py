@@ -1,8 +1,9 @@
 """The prefix cache: a radix tree over page-sized runs of tokens.
 
-A node holds a run of whole pages; children are keyed by the tokens of their first page. A sequence that uses a prefix locks the
-path to it, so eviction takes only leaves that nobody reads, least recently used first. (The structure is SGLang's RadixAttention,
-arXiv 2312.07104, at page granularity; eviction keeps a lazily cleaned heap, so it costs O(log n) a node and not a walk.)
+A node holds a run of whole pages; children are keyed by the tokens of their first page. A sequence that uses a prefix
+locks the path to it, so eviction takes only leaves that nobody reads, least recently used first. (The structure is
+SGLang's RadixAttention, arXiv 2312.07104, at page granularity; eviction keeps a lazily cleaned heap, so it costs O(log
+n) a node and not a walk.)
 """
 
 import dataclasses
@@ -85,8 +86,9 @@ class RadixTree:
     def insert(self, keys: Sequence[PageKey], pages: Sequence[int], namespace: Hashable = None) -> Match:
         """Makes `keys` a cached prefix. `pages[i]` holds the keys and values of `keys[i]`.
 
-        Pages beyond what is already cached pass from private to the tree. The match returned covers all of `keys`; where its pages
-        differ from the caller's the prefix was already there, and the caller's own copy stays private for it to free.
+        Pages beyond what is already cached pass from private to the tree. The match returned covers all of `keys`;
+        where its pages differ from the caller's the prefix was already there, and the caller's own copy stays private
+        for it to free.
         """
         found = self.match(keys, namespace)
         have = len(found.pages)
@@ -165,7 +167,7 @@ class RadixTree:
         return root
 
     def _split(self, node: Node, at: int) -> Node:
-        """Cuts `node` after `at` pages. The lower part stays the same object, so that handles to it keep their meaning."""
+        """Cuts `node` after `at` pages. The lower part stays the same object: handles to it keep their meaning."""
         parent = node.parent
         assert parent is not None
         upper = Node(node.keys[:at], node.pages[:at], parent, lock=node.lock, last_use=node.last_use)

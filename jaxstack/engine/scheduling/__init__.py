@@ -4,6 +4,6 @@
 """
 
 from jaxstack.engine.scheduling.fcfs import FirstComeFirstServed
-from jaxstack.engine.scheduling.policy import Policy, SchedulerView, Schedulable
+from jaxstack.engine.scheduling.policy import Policy, Schedulable, SchedulerView
 
 __all__ = ["FirstComeFirstServed", "Policy", "Schedulable", "SchedulerView"]

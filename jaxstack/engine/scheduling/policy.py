@@ -1,7 +1,7 @@
 """The policy protocol: what the scheduler asks a policy, and what it tells it."""
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Schedulable(Protocol):
@@ -20,16 +20,20 @@ class Schedulable(Protocol):
 class SchedulerView(Protocol):
     """Read-only state of the engine at the time of a decision."""
 
-    now_s: float
-    free_pages: int
+    @property
+    def now_s(self) -> float: ...
+    @property
+    def free_pages(self) -> int: ...
 
-    def cached_tokens(self, request: Schedulable) -> int:
+    def cached_tokens(self, request: Any) -> int:
         """Prompt tokens of `request` that the prefix cache holds now."""
         ...
 
 
 class Policy(Protocol):
-    """Orders the waiting requests and picks whom to preempt. Told of every token, so that it can keep accounts per client."""
+    """Orders the waiting requests and picks whom to preempt. Told of every token, so that it can keep accounts per
+    client.
+    """
 
     def order(self, waiting: Sequence[Schedulable], view: SchedulerView) -> Iterable[Schedulable]:
         """The waiting requests, the one to admit first at the front. Must return each of them once."""
