@@ -123,7 +123,7 @@ class ConfigFlag(typing.Generic[_Config]):
         return rest
 
     def get(self) -> _Config:
-        return load_config(flags.FLAGS["config"].value, self._type, self._overrides)
+        return load_config(str(flags.FLAGS["config"].value), self._type, self._overrides)
 
 
 _config_flags: list[ConfigFlag] = []

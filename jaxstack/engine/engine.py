@@ -514,7 +514,7 @@ class Engine:
         logprobs = () if sampling.logprobs is None else (future.logprobs(row, sampling.logprobs),)
         reason: FinishReason | None = None
         why: int | str | None = None
-        shown = (token,)
+        shown: tuple[int, ...] = (token,)
         if token in sampling.stop_token_ids:
             reason, why, shown = "stop", token, ()
         elif token in self._eos and not sampling.ignore_eos:

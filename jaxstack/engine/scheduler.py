@@ -92,11 +92,10 @@ class Scheduler:
     def free_pages(self) -> int:
         return self.pool.free + self.tree.evictable
 
-    def cached_tokens(self, sequence: Sequence) -> int:
-        """Tokens of `sequence` that the prefix cache holds now."""
-        return (
-            self.tree.peek(self._keys(sequence, self._sharable(sequence)), sequence.request.namespace) * self.page_size
-        )
+    def cached_tokens(self, request: Sequence) -> int:
+        """Tokens of `request` that the prefix cache holds now."""
+        keys = self._keys(request, self._sharable(request))
+        return self.tree.peek(keys, request.request.namespace) * self.page_size
 
     # The way of a sequence: add, plan and commit (again and again), finish.
 
