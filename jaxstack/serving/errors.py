@@ -21,7 +21,7 @@ class ApiError(Exception):
       code: a word for programs, for instance "context_length_exceeded".
       param: the field of the request that is wrong.
       headers: further response headers.
-      extra: fields beside "error" in the body.
+      extra: further fields of the error object.
     """
 
     def __init__(
@@ -42,8 +42,8 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         kind = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_error"}.get(self.status)
         kind = kind or ("server_error" if self.status >= 500 else "invalid_request_error")
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return {"error": error, **self.extra}
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code, **self.extra}
+        return {"error": error}
 
 
 def bad_field(param: str, found: Any, expected: str) -> ApiError:

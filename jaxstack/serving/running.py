@@ -131,6 +131,7 @@ class Server(uvicorn.Server):
                 loop="asyncio",
                 lifespan="on",
                 log_config=None,
+                log_level="warning",
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
@@ -186,10 +187,17 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-def serve(engine: Engine, config: ServerConfig | None = None, *, on_ready: Callable[[str], None] | None = None) -> None:
+def serve(
+    engine: Engine,
+    config: ServerConfig | None = None,
+    *,
+    listener: socket.socket | None = None,
+    on_ready: Callable[[str], None] | None = None,
+) -> None:
     """Serves until SIGTERM or Ctrl-C, then lets answers finish and closes the engine.
 
     Args:
+      listener: from `listen(config)`, if the address was taken earlier; closed at the end.
       on_ready: called with the URL once the engine is warm.
 
     Raises:
@@ -197,10 +205,10 @@ def serve(engine: Engine, config: ServerConfig | None = None, *, on_ready: Calla
       RuntimeError: the engine died.
     """
     config = config or ServerConfig()
-    with contextlib.closing(listen(config)) as listener:
-        server = Server(engine, config, listener)
+    with contextlib.closing(listener or listen(config)) as address:
+        server = Server(engine, config, address)
         if on_ready is not None:
-            url = url_of(listener)
+            url = url_of(address)
             server.on_ready = lambda: on_ready(url)
         try:
             server.run()

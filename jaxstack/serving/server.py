@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import hmac
 import logging
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -62,17 +63,16 @@ class Service:
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
         """Starts the engine beside the server, so that `/health` can tell how far its warm-up is."""
-        starting = asyncio.create_task(self._start())
+        # A thread of its own: the loop's executor would keep a shutdown waiting for the end of the warm-up.
+        threading.Thread(target=self._start, name="engine-start", daemon=True).start()
         try:
             yield
         finally:
-            starting.cancel()
-            await asyncio.gather(starting, return_exceptions=True)
             self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def _start(self) -> None:
+    def _start(self) -> None:
         try:
-            await asyncio.to_thread(self.engine.start)
+            self.engine.start()
             self._started = True
         except Exception as error:
             self.failure = error
