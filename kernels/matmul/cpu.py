@@ -15,7 +15,7 @@ from kernels.matmul.packed import PackedWeight
 
 SOURCE = Path(__file__).with_name("packed_matmul.cc")
 _TARGET = "jaxstack_packed_matmul"
-_BLOCK = 256  # `kBlock` of packed_matmul.cc
+_BLOCK = 128  # `kBlock` of packed_matmul.cc
 _lock = threading.Lock()
 
 

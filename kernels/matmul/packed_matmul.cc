@@ -1,10 +1,11 @@
-// out[M, N] = x[M, K] @ w, float32, w stored as panels[n_panels, K, 32]: the CPU form of kernels.matmul on packed weights.
+// out[M, N] = x[M, K] @ w, float32, w stored as panels[n_panels, K, 64]: the CPU form of kernels.matmul on packed weights.
 //
 // Decoding multiplies a few rows by weights that come from DRAM every time, so two things decide the speed: the weights must
 // arrive as one sequential stream that never waits for the arithmetic, and the arithmetic must keep both FMA ports busy.
-//   * A panel (32 columns, all of K) is contiguous. While block k of a panel is multiplied, block k+1 is prefetched into L2, the
-//     prefetches spread evenly over the row blocks, so DRAM streams during the arithmetic instead of between it.
-//   * The register tile is up to 14 rows x 32 columns: 28 accumulators, 2 registers of weights, 1 broadcast of x.
+//   * A panel (64 columns, all of K) is contiguous. While block k of a panel is multiplied, block k+1 is prefetched into L2, the
+//     prefetches spread evenly over the row tiles, so DRAM streams during the arithmetic instead of between it.
+//   * The register tile is up to 6 rows x 64 columns (AVX-512): 24 accumulators, 4 registers of weights, 1 broadcast of x. Wide and
+//     low beats the usual 14 x 32: 10 loads for 24 FMAs instead of 16 for 28, and loads are what the FMA ports wait for.
 //   * Threads (XLA's own pool and the calling thread) claim panels from an atomic counter, so a core that is busy with something
 //     else delays one panel, not half of the product.
 // The value of out[m, n] is a function of x[m, :] and w[:, n] alone: within each block of kBlock values of k a chain of FMAs in
@@ -30,12 +31,12 @@ namespace {
 
 using Matrix = ffi::Buffer<ffi::F32, 2>;
 using Vector = ffi::Buffer<ffi::F32, 1>;
-using Panels = ffi::Buffer<ffi::F32, 4>;  // [layers, n_panels, K, 32]
+using Panels = ffi::Buffer<ffi::F32, 4>;  // [layers, n_panels, K, 64]
 
 // ---- One SIMD register, by instruction set. ------------------------------------------------------------------------------
 #if defined(__AVX512F__)
 using Vec = __m512;
-constexpr int kMaxRows = 14;
+constexpr int kMaxRows = 6, kVecs = 4;
 inline Vec Load(const float* p) { return _mm512_loadu_ps(p); }
 inline void Store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 inline Vec Broadcast(float a) { return _mm512_set1_ps(a); }
@@ -43,7 +44,7 @@ inline Vec Add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 inline Vec Fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 #elif defined(__AVX2__) && defined(__FMA__)
 using Vec = __m256;
-constexpr int kMaxRows = 3;
+constexpr int kMaxRows = 6, kVecs = 2;
 inline Vec Load(const float* p) { return _mm256_loadu_ps(p); }
 inline void Store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
 inline Vec Broadcast(float a) { return _mm256_set1_ps(a); }
@@ -51,7 +52,7 @@ inline Vec Add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 inline Vec Fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 #else  // GCC vector extensions: NEON, SSE, anything; -ffp-contract=fast makes the FMA where the machine has one.
 using Vec = float __attribute__((vector_size(16)));
-constexpr int kMaxRows = 3;
+constexpr int kMaxRows = 6, kVecs = 2;
 inline Vec Load(const float* p) { Vec v; std::memcpy(&v, p, sizeof v); return v; }
 inline void Store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 inline Vec Broadcast(float a) { return Vec{a, a, a, a}; }
@@ -67,13 +68,14 @@ inline void Pause() {
 #endif
 }
 
-constexpr int64_t kColumns = 32;                              // columns of a panel (packed.PANEL_COLUMNS)
+constexpr int64_t kColumns = 64;                              // columns of a panel (packed.PANEL_COLUMNS)
 constexpr int kLanes = static_cast<int>(sizeof(Vec) / sizeof(float));
-constexpr int kVecs = static_cast<int>(kColumns) / kLanes;    // registers across a panel
-constexpr int64_t kBlock = 256;      // k values summed in registers: 32 KiB of panel, which stays in L1 for all row blocks
-constexpr int64_t kUnroll = 4;       // k values between two looks at the prefetch pointer
+constexpr int64_t kBlock = 128;       // k values summed in registers: 32 KiB of panel, which stays in L1 for all row tiles
+constexpr int64_t kUnroll = 4;       // k values between two looks at the prefetch cursor
 constexpr int64_t kChunkBytes = 5 << 18;   // x rows worked on at once, so that they stay in L2 while panels pass by
 constexpr int64_t kSerialBytes = 1 << 16;  // weights of less than this are not worth waking another thread
+
+inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A cursor over memory that will be needed soon: the micro-kernel touches `lines` cache lines of it per kUnroll steps.
 struct Prefetch {
@@ -81,8 +83,8 @@ struct Prefetch {
   int64_t lines;
 };
 
-// c[kRows, 32] (+)= a[kRows, depth] @ b[depth, 32]. Rows of `a` are kBlock apart: a constant, so every operand is one base
-// register plus a displacement.
+// c[kRows, kVecs * kLanes] (+)= a[kRows, depth] @ b[depth, same columns of a panel]. Rows of `a` are kBlock apart: a constant, so
+// every operand is one base register plus a displacement.
 template <int kRows>
 void Tile(const float* a, const float* b, int64_t depth, float* c, int64_t c_stride, bool accumulate, Prefetch& ahead) {
   Vec sum[kRows][kVecs] = {};
@@ -90,7 +92,7 @@ void Tile(const float* a, const float* b, int64_t depth, float* c, int64_t c_str
     Vec w[kVecs];
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) w[v] = Load(b + k * kColumns + v * kLanes);
-#pragma GCC unroll 14
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const Vec x = Broadcast(a[r * kBlock + k]);
 #pragma GCC unroll 8
@@ -100,13 +102,13 @@ void Tile(const float* a, const float* b, int64_t depth, float* c, int64_t c_str
   int64_t k = 0;
   const char* soon = ahead.next;
   for (; k + kUnroll <= depth; k += kUnroll) {
-    for (int64_t line = 0; line < ahead.lines; ++line, soon += 64) __builtin_prefetch(soon, 0, 2);
+        for (int64_t line = 0; line < ahead.lines; ++line, soon += 64) __builtin_prefetch(soon, 0, 2);
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) step(k + u);
   }
   ahead.next = soon;
   for (; k < depth; ++k) step(k);
-#pragma GCC unroll 14
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) {
@@ -123,8 +125,6 @@ TileFn TileFor(int rows, std::integer_sequence<int, kRows...>) {
   static constexpr TileFn table[] = {Tile<kRows + 1>...};
   return table[rows - 1];
 }
-
-inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- One product, shared by all threads that work on it. ------------------------------------------------------------------
 struct Product {
@@ -176,7 +176,7 @@ struct Product {
     std::unique_ptr<float[]> aside(valid < kColumns ? new float[chunk * kColumns] : nullptr);
     float* result = aside ? aside.get() : out + first_row * columns + panel * kColumns;
     const int64_t result_stride = aside ? kColumns : columns;
-    const int64_t lines = CeilDiv(kUnroll * kColumns * sizeof(float) / 64, n_tiles);
+    const int64_t lines = CeilDiv(kUnroll * kVecs * kLanes * sizeof(float) / 64, n_tiles);
     int64_t next = 0;
     for (int64_t block = 0; block < n_blocks; ++block) {
       const int64_t begin = block * kBlock, length = std::min(kBlock, depth - begin);
@@ -186,12 +186,15 @@ struct Product {
         soon = panels + next % n_panels * depth * kColumns;
       }
       Prefetch ahead{reinterpret_cast<const char*>(soon), next < n_units ? lines : 0};
-      // Tiles of equal height: 32 rows are 11 + 11 + 10, not 14 + 14 + 4.
+      // Tiles of nearly equal height: 14 rows are 4 + 5 + 5, not 6 + 6 + 2.
       for (int64_t tile = 0; tile < n_tiles; ++tile) {
         const int64_t row = tile * chunk / n_tiles, end = (tile + 1) * chunk / n_tiles;
         const float* a = source + (block * rows + first_row + row) * kBlock;
-        TileFor(static_cast<int>(end - row), std::make_integer_sequence<int, kMaxRows>())(
-            a, weights + begin * kColumns, length, result + row * result_stride, result_stride, block > 0, ahead);
+        const TileFn multiply = TileFor(static_cast<int>(end - row), std::make_integer_sequence<int, kMaxRows>());
+        for (int64_t column = 0; column < kColumns; column += kVecs * kLanes) {
+          multiply(a, weights + begin * kColumns + column, length, result + row * result_stride + column, result_stride,
+                   block > 0, ahead);
+        }
       }
     }
     if (aside) {
