@@ -7,12 +7,13 @@ together, checkpoints through `jaxstack.runtime.checkpoint`, and leaves `workdir
 adapter folders.
 """
 
+from jaxstack.training.config import ResumeConfig, SftConfig
 from jaxstack.training.data import DataConfig, Example
 from jaxstack.training.lora import LoraConfig
 from jaxstack.training.losses import LossFn, LossParts, cross_entropy
 from jaxstack.training.optimizer import OptimizerConfig
 from jaxstack.training.peft_format import load_adapters, save_peft
-from jaxstack.training.sft import ResumeConfig, SftConfig, TrainResult, train_sft
+from jaxstack.training.sft import TrainResult, train_sft
 from jaxstack.training.step import TrainState, make_train_step
 
 __all__ = [

@@ -12,7 +12,6 @@ import math
 import resource
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -188,8 +187,8 @@ class Trainer:
             bar.close()
         if self.counts.skipped_in_row >= config.max_skipped_in_row:
             raise UserError(
-                f"{self.counts.skipped_in_row} steps in a row up to step {self.step_number} had a gradient that is not finite; "
-                "the last good parameters are in the checkpoint; try a lower learning_rate or look at the data there"
+                f"{self.counts.skipped_in_row} steps in a row up to step {self.step_number} had a gradient that is not "
+                "finite; the last good parameters are in the checkpoint; try a lower learning_rate or look at the data there"
             )
 
     # -------------------------------------------------------------------------------------------------- bookkeeping
@@ -309,28 +308,3 @@ def _due(every: int | None, step: int, total: int) -> bool:
 def perplexity(loss: float) -> float:
     """exp(loss), infinity where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
-
-
-def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any], *, ignore: tuple[str, ...]) -> list[str]:
-    """Fields in which two JSON-ready configs differ, as "a.b: old -> new"; `ignore` are top-level names."""
-
-    def flat(value: Any, prefix: str) -> dict[str, Any]:
-        if isinstance(value, Mapping):
-            return {k: v for name, item in value.items() for k, v in flat(item, f"{prefix}.{name}").items()}
-        return {prefix.removeprefix("."): list(value) if isinstance(value, tuple) else value}
-
-    before, after = ({k: v for k, v in flat(c, "").items() if k.split(".")[0] not in ignore} for c in (old, new))
-    missing = object()
-    differing = []
-    for name in sorted({*before, *after}):
-        a, b = before.get(name, missing), after.get(name, missing)
-        if a != b:
-            shown = ("absent" if v is missing else repr(v) for v in (a, b))
-            differing.append(f"{name}: {' -> '.join(shown)}")
-    return differing
-
-
-def workdir_has_checkpoints(workdir: str | Path) -> bool:
-    """Whether a job has saved anything in this folder."""
-    folder = Path(workdir) / "checkpoints"
-    return folder.is_dir() and any(child.name.isdigit() for child in folder.iterdir())

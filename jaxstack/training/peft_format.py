@@ -79,7 +79,8 @@ def read_peft(folder: str | Path) -> PeftAdapter:
         for name, axis in (("A", 0), ("B", 1)):
             if pair[name].ndim != 2 or pair[name].shape[axis] != rank:
                 raise UserError(
-                    f"{path}: {module}.lora_{name} has shape {list(pair[name].shape)}, expected rank {rank} as {_CONFIG} says"
+                    f"{path}: {module}.lora_{name} has shape {list(pair[name].shape)}, expected rank {rank} "
+                    f"as {_CONFIG} says"
                 )
             if not np.isfinite(pair[name].astype(np.float32)).all():
                 raise UserError(f"{path}: {module}.lora_{name} holds values that are not finite")
@@ -107,8 +108,8 @@ def load_adapters(model: Decoder, folders: Sequence[str | Path]) -> list[PeftAda
             found = (factors.a.shape[0], factors.b.shape[1])
             if found != shapes[module]:
                 raise UserError(
-                    f"{folder}: adapts {module} from {found[0]} to {found[1]} features, expected {shapes[module][0]} to "
-                    f"{shapes[module][1]}: it was made for another model"
+                    f"{folder}: adapts {module} from {found[0]} to {found[1]} features, expected {shapes[module][0]} "
+                    f"to {shapes[module][1]}: it was made for another model"
                 )
         adapters.append(adapter)
     set_adapters(model, [adapter.factors for adapter in adapters])
@@ -224,7 +225,7 @@ def _lora_config(settings: Mapping[str, Any], folder: Path) -> LoraConfig:
     init = settings.get("init_lora_weights", True)
     if isinstance(init, str) and init.split("_")[0].lower() not in ("gaussian", "eva", "orthogonal"):
         raise UserError(
-            f"{path}: init_lora_weights is {init!r}, which changed the base weights too; expected true (convert it with PEFT first)"
+            f"{path}: init_lora_weights is {init!r}, which changed the base weights too; expected true (PEFT converts it)"
         )
     targets = settings.get("target_modules")
     if isinstance(targets, str):

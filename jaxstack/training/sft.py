@@ -2,16 +2,14 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
-import math
 import shutil
 import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,29 +17,29 @@ from flax import nnx
 
 from jaxstack.models import Decoder, DecoderConfig, LoraParam
 from jaxstack.models.checkpoint import load_decoder, save_decoder
-from jaxstack.models.decoder import Remat
 from jaxstack.models.hf_config import config_from_folder
-from jaxstack.models.tokenizer import Tokenizer, load_tokenizer
-from jaxstack.runtime.checkpoint import Checkpointer, Keep
+from jaxstack.models.tokenizer import load_tokenizer
+from jaxstack.runtime.checkpoint import Checkpointer
 from jaxstack.runtime.errors import UserError
 from jaxstack.runtime.metrics import MetricWriter, plot_curves, read_rows, write_summary
 from jaxstack.runtime.signals import StopFlag, WorkdirLock
 from jaxstack.training import lora as lora_layers
-from jaxstack.training.data import DataConfig, Example, TokenizedDataset, build_dataset, load_dataset
-from jaxstack.training.lora import LoraConfig
-from jaxstack.training.loop import (
-    LoopConfig,
-    Trainer,
-    differing_fields,
-    perplexity,
-    state_arrays,
-    state_from_arrays,
-    workdir_has_checkpoints,
-)
+from jaxstack.training.config import SftConfig
+from jaxstack.training.data import Example, TokenizedDataset, build_dataset, load_dataset
+from jaxstack.training.initialize import fresh_decoder
+from jaxstack.training.loop import LoopConfig, Trainer, perplexity, state_arrays, state_from_arrays
 from jaxstack.training.losses import LossFn, cross_entropy
-from jaxstack.training.optimizer import OptimizerConfig, build_optimizer
+from jaxstack.training.optimizer import build_optimizer
 from jaxstack.training.packing import PackedBatches, PackedLoader, Place
 from jaxstack.training.peft_format import save_peft
+from jaxstack.training.same_job import (
+    FREE_TO_CHANGE,
+    comparable_config,
+    differing_fields,
+    folder_fingerprint,
+    tokenizer_digest,
+    workdir_has_checkpoints,
+)
 from jaxstack.training.step import (
     SplitModel,
     decoder_loss,
@@ -51,100 +49,6 @@ from jaxstack.training.step import (
     parameter_count,
     split_model,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class ResumeConfig:
-    """What happens in a workdir that holds checkpoints.
-
-    Attributes:
-      enabled: go on from the newest; False refuses instead.
-      allow_changes: go on even if the config or the data differ from the run that saved them.
-    """
-
-    enabled: bool = True
-    allow_changes: bool = False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SftConfig:
-    """A supervised fine-tuning run.
-
-    Attributes:
-      model: Hugging Face folder to start from, or the configuration of a fresh model.
-      tokenizer: folder with the tokenizer; None for the model folder's own. A fresh model without one takes
-        pre-tokenised rows.
-      data: where examples come from.
-      lora: train adapters of this shape; None trains all parameters.
-      optimizer: rule and schedule.
-      batch_rows: packed rows in a microbatch.
-      accum_steps: microbatches in a step; token-exact, so the product with batch_rows is what counts.
-      seq_len: tokens in a row.
-      max_steps, epochs: length of the run; the shorter of the two if both are given.
-      log_every, save_every, eval_every: in steps; None for at the end only.
-      keep: which checkpoints stay.
-      remat: what the backward pass recomputes: nothing, all but matrix products ("dots"), or every layer ("full").
-      chunk_tokens: compute logits for so many tokens at a time; for vocabularies above ~32k.
-      param_dtype: of parameters in memory. bfloat16 for the frozen model under `lora` only: full training needs float32
-        masters, since most updates are below half a bfloat16 ulp and would vanish.
-      compute_dtype: of activations; "auto" is float32 on CPU and bfloat16 elsewhere.
-      export_dtype: of the saved model; None for param_dtype.
-      seed: of a fresh model, adapters and the order of the data.
-      resume: what happens in a workdir that holds checkpoints.
-    """
-
-    model: str | DecoderConfig
-    tokenizer: str | None = None
-    data: DataConfig = DataConfig()
-    lora: LoraConfig | None = None
-    optimizer: OptimizerConfig = OptimizerConfig()
-    batch_rows: int = 8
-    accum_steps: int = 1
-    seq_len: int = 1024
-    max_steps: int | None = None
-    epochs: float | None = None
-    log_every: int = 10
-    save_every: int | None = None
-    eval_every: int | None = None
-    keep: Keep = Keep()
-    remat: Remat = "none"
-    chunk_tokens: int | None = None
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    export_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    seed: int = 0
-    resume: ResumeConfig = ResumeConfig()
-
-    def __post_init__(self) -> None:
-        for name in ("batch_rows", "accum_steps", "log_every"):
-            _require(name, getattr(self, name), at_least=1)
-        _require("seq_len", self.seq_len, at_least=2)
-        for name in ("max_steps", "save_every", "eval_every", "chunk_tokens"):
-            if getattr(self, name) is not None:
-                _require(name, getattr(self, name), at_least=1)
-        if self.max_steps is None and self.epochs is None:
-            raise UserError("max_steps and epochs are both none; expected one of them, or the run has no end")
-        if self.epochs is not None and not (self.epochs > 0 and math.isfinite(self.epochs)):
-            raise UserError(f"epochs={self.epochs}: expected a positive number")
-        for name, allowed in (
-            ("remat", ("none", "dots", "full")),
-            ("param_dtype", ("float32", "bfloat16")),
-            ("compute_dtype", ("auto", "float32", "bfloat16")),
-            ("export_dtype", (None, "float32", "bfloat16", "float16")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise UserError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(str, allowed))}")
-        if self.param_dtype == "bfloat16" and self.lora is None:
-            raise UserError(
-                "param_dtype='bfloat16' without lora: most updates would be below half an ulp and vanish; expected float32"
-            )
-        if not isinstance(self.model, str | DecoderConfig):
-            raise UserError(f"model={self.model!r}: expected a folder or a DecoderConfig")
-
-
-def _require(name: str, value: int, *, at_least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise UserError(f"{name}={value!r}: expected an integer of at least {at_least}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,9 +70,6 @@ class TrainResult:
     model_folder: Path | None
     adapter_folder: Path | None
     summary: dict[str, Any]
-
-
-_FREE_TO_CHANGE = ("max_steps", "log_every", "save_every", "keep", "resume")
 
 
 def train_sft(
@@ -234,7 +135,7 @@ class _Run:
             compute = jnp.float32
         self.loss = decoder_loss(loss_fn, remat=config.remat, compute_dtype=compute, chunk_tokens=config.chunk_tokens)
         self.job = {
-            "config": _comparable(config),
+            "config": comparable_config(config),
             "data": self.train_data.digest(),
             "base": folder_fingerprint(config.model) if isinstance(config.model, str) else None,
         }
@@ -253,8 +154,8 @@ class _Run:
             )
         if self.tokenizer is not None and self.tokenizer.vocab_size > self.model_config.vocab_size:
             raise UserError(
-                f"the tokenizer in {self.tokenizer_folder} has ids up to {self.tokenizer.vocab_size - 1}, expected below the "
-                f"model's vocab_size={self.model_config.vocab_size}"
+                f"the tokenizer in {self.tokenizer_folder} has ids up to {self.tokenizer.vocab_size - 1}, expected below "
+                f"the model's vocab_size={self.model_config.vocab_size}"
             )
 
     def _dataset(self, paths: Sequence[str], examples: Sequence[Any] | None) -> TokenizedDataset:
@@ -271,7 +172,7 @@ class _Run:
             config.data,
             **sizes,
             cache_folder=self.workdir / "data_cache",
-            cache_key=_tokenizer_digest(self.tokenizer_folder, self.tokenizer),
+            cache_key=tokenizer_digest(self.tokenizer_folder, self.tokenizer),
         )
 
     def _model(self) -> Decoder:
@@ -280,7 +181,7 @@ class _Run:
         if isinstance(config.model, str):
             model = load_decoder(config.model, param_dtype=dtype, progress=self.progress)
         else:
-            model = Decoder(config.model, rngs=nnx.Rngs(config.seed), param_dtype=dtype)
+            model = fresh_decoder(config.model, seed=config.seed, param_dtype=dtype)
         if config.lora is not None:
             matched = lora_layers.attach(model, config.lora, seed=config.seed)
             total = self.model_config.num_layers
@@ -388,12 +289,12 @@ class _Run:
         if saved is None or self.config.resume.allow_changes:
             return
         before, now = saved["job"], json.loads(json.dumps(self.job))
-        differing = differing_fields(before["config"], now["config"], ignore=_FREE_TO_CHANGE)
+        differing = differing_fields(before["config"], now["config"], ignore=FREE_TO_CHANGE)
         differing += [f"{what}: content differs" for what in ("data", "base") if before[what] != now[what]]
         if differing:
             raise UserError(
-                f"{self.workdir} holds checkpoints of another configuration ({'; '.join(differing)}); expected the same, "
-                "another workdir, or resume.allow_changes=true"
+                f"{self.workdir} holds checkpoints of another configuration ({'; '.join(differing)}); expected the "
+                "same, another workdir, or resume.allow_changes=true"
             )
 
     def _evaluation(self, split: SplitModel, params: Any, frozen: Any):
@@ -500,41 +401,6 @@ def _config_of_folder(folder: str) -> DecoderConfig:
     if not Path(folder).is_dir():
         raise UserError(f"model: no such folder {folder!r}; expected a Hugging Face folder")
     return config_from_folder(Path(folder))
-
-
-def _comparable(config: SftConfig) -> dict[str, Any]:
-    """The config as JSON, without places: what they hold is compared by digest."""
-    whole = json.loads(json.dumps(dataclasses.asdict(config)))
-    if isinstance(config.model, str):
-        del whole["model"]
-    for name in ("paths", "eval_paths"):
-        del whole["data"][name]
-    del whole["tokenizer"]
-    return whole
-
-
-def folder_fingerprint(folder: str | Path) -> str:
-    """A short digest of a model folder: config and weight files by name, size, header and both ends, not every byte."""
-    state = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*")):
-        if path.suffix == ".safetensors" or path.name == "config.json":
-            size = path.stat().st_size
-            state.update(f"{path.name}:{size}\0".encode())
-            with open(path, "rb") as file:
-                state.update(file.read(1 << 16))
-                file.seek(max(0, size - (1 << 16)))
-                state.update(file.read())
-    return state.hexdigest()[:16]
-
-
-def _tokenizer_digest(folder: str | None, tokenizer: Tokenizer | None) -> str:
-    if folder is None or tokenizer is None:
-        return "none"
-    state = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*")):
-        if path.name.startswith(("tokenizer", "chat_template", "special_tokens", "generation_config")):
-            state.update(path.name.encode() + b"\0" + path.read_bytes())
-    return state.hexdigest()
 
 
 def _remove_leftovers(workdir: Path) -> None:

@@ -19,10 +19,11 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxstack.models import Decoder, dense_attention
+from jaxstack.models import Decoder
 from jaxstack.models.decoder import Remat
 from jaxstack.training.losses import Batch, LossFn, LossParts, chunked, shift_targets
 from jaxstack.training.optimizer import Optimizer
+from jaxstack.training.packed_attention import packed_attention
 
 Params = dict[str, Array]
 """Parameters by dotted path: "layers.self_attn.q_proj.kernel" -> [num_layers, in, out]."""
@@ -101,15 +102,17 @@ def decoder_loss(
     """
 
     def loss(model: Decoder, batch: Batch) -> LossParts:
+        # Flat from here on: see packed_attention.
+        flat = {k: v.reshape(-1) for k, v in batch.items()}
         hidden, _ = model.hidden(
-            batch["token_ids"],
-            batch["positions"],
-            dense_attention(batch["segment_ids"], batch["positions"]),
-            adapter_ids=batch.get("adapter_ids"),
+            flat["token_ids"],
+            flat["positions"],
+            packed_attention(batch["positions"]),
+            adapter_ids=flat.get("adapter_ids"),
             remat=remat,
             compute_dtype=compute_dtype,
         )
-        targets = shift_targets(batch)
+        targets = {k: v.reshape(-1) for k, v in shift_targets(batch).items()}
         if chunk_tokens:
             return chunked(loss_fn, model.logits, hidden, targets, chunk_tokens)
         return loss_fn(model.logits(hidden), targets)

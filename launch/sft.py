@@ -1,0 +1,49 @@
+"""Supervised fine-tuning: a model and examples in, a Hugging Face folder out.
+
+    python -m launch.sft --config=configs/sft_countdown.py --workdir=work/countdown
+    python -m launch.sft --config=my_config.py --config.max_steps=200 --config.optimizer.learning_rate=1e-4
+    --workdir=work/x
+
+The workdir gets model/ (and adapter/ for LoRA), checkpoints/, metrics.jsonl, tensorboard/, loss.png and summary.json.
+Started again in the same workdir it goes on where it was, whatever ended it; Ctrl-C and SIGTERM save first.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from jaxstack.reasoning.datasets import write_dataset
+from jaxstack.runtime.compilation import use_compilation_cache
+from jaxstack.training import SftConfig, train_sft
+from launch import job
+
+_CONFIG = job.config_flag(SftConfig, "configs/sft_countdown.py")
+_WORKDIR = flags.DEFINE_string("workdir", "work/sft", "where everything goes; a run found there is continued")
+_SEED = flags.DEFINE_integer("seed", None, "of fresh weights and the order of the data; the config's by default")
+_COMPILED = flags.DEFINE_string("compilation_cache", None, "folder that keeps compiled programs: quick restarts")
+
+
+def with_data(config: SftConfig, workdir: Path) -> SftConfig:
+    """The config with its named data set written into the workdir, where it has no paths of its own."""
+    name, size = config.data.dataset, config.data.dataset_size
+    if name is None or config.data.paths:
+        return config
+    path = workdir / f"{name}_{size}_{config.seed}.jsonl"
+    if not path.exists():
+        write_dataset(name, path, size=size, seed=config.seed)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, paths=(str(path),)))
+
+
+def run() -> dict[str, Any]:
+    config, workdir = _CONFIG.get(), Path(_WORKDIR.value)
+    if _SEED.value is not None:
+        config = dataclasses.replace(config, seed=_SEED.value)
+    if _COMPILED.value:
+        use_compilation_cache(_COMPILED.value)
+    return train_sft(with_data(config, workdir), workdir).summary
+
+
+if __name__ == "__main__":
+    job.main(run)
