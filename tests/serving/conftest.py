@@ -1,0 +1,56 @@
+"""One engine with a tiny random model and one server for all tests of this folder: compiling it takes longest."""
+
+from collections.abc import Iterator
+
+import httpx
+import openai
+import pytest
+from flax import nnx
+
+from jaxstack.engine import Engine, EngineConfig
+from jaxstack.models.decoder import Decoder, DecoderConfig
+from jaxstack.models.tokenizer import byte_tokenizer
+from jaxstack.serving import BackgroundServer, ServerConfig
+
+MODEL = DecoderConfig(
+    architecture="Qwen2ForCausalLM",
+    vocab_size=byte_tokenizer().vocab_size + 3,
+    hidden_size=16,
+    intermediate_size=32,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    qkv_bias=True,
+    max_position_embeddings=2048,
+    initializer_range=0.3,
+)
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[Engine]:
+    settings = EngineConfig(max_sequences=4, max_batch_tokens=64, page_size=8, num_pages=1024)
+    engine = Engine(Decoder(MODEL, rngs=nnx.Rngs(0)), byte_tokenizer(), settings)
+    engine.start(progress=False)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def server(engine: Engine) -> Iterator[BackgroundServer]:
+    config = ServerConfig(port=0, model_name="tiny", max_body_bytes=100_000, body_timeout_s=0.5, header_timeout_s=0.5)
+    with BackgroundServer(engine, config) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def http() -> Iterator[httpx.Client]:
+    with httpx.Client(trust_env=False, timeout=60) as http:
+        yield http
+
+
+@pytest.fixture(scope="session")
+def client(server: BackgroundServer) -> Iterator[openai.OpenAI]:
+    http = openai.DefaultHttpxClient(trust_env=False)
+    with openai.OpenAI(base_url=server.base_url, api_key="none", max_retries=0, http_client=http) as client:
+        yield client
