@@ -11,13 +11,13 @@ latency, and stops the server.
 import asyncio
 import dataclasses
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-import httpx
 import numpy as np
 import openai
 from absl import flags
@@ -37,6 +37,8 @@ _SEED = flags.DEFINE_integer("seed", 5, "shuffle of the held-out problems")
 _WORKDIR = flags.DEFINE_string("workdir", "work/demo", "where summary.json, demo.png, answers.jsonl and server.log go")
 
 _MAX_TOKENS = 150
+# A prompt has eight words. In pages of four, prompts with the same beginning share their computation.
+_SERVER_FLAGS = ("--page_size=4", "--max_sequences=64")
 _PERCENTILES = (50, 90, 99)
 
 
@@ -102,21 +104,24 @@ async def ask_all(
     """All problems at once, at most `concurrency` under way; the answers in order, and the seconds it took."""
     places = asyncio.Semaphore(concurrency)
     correct = 0
-    with tqdm(total=len(problems), desc="thinking" if thinking else "no thinking", unit="problem") as bar:
+    name = "thinking" if thinking else "no thinking"
+    with tqdm(total=len(problems), desc=name, unit="problem", disable=None) as bar:
 
         async def one(problem: Problem) -> Answer:
             nonlocal correct
             async with places:
                 answer = await ask(client, model, problem, thinking=thinking)
             correct += answer.correct
+            bar.set_postfix_str(f"{correct} correct", refresh=False)
             bar.update()
-            bar.set_postfix_str(f"{correct} of {bar.n} correct", refresh=False)
             return answer
 
         began = time.perf_counter()
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(one(problem)) for problem in problems]
         took = time.perf_counter() - began
+    if bar.disable:
+        print(f"{name}: {correct} of {len(problems)} correct in {took:.1f} s", file=sys.stderr, flush=True)
     return [task.result() for task in tasks], took
 
 
@@ -235,9 +240,8 @@ async def converse(
 ) -> tuple[list[Answer], list[Answer], float]:
     """The conversation with a warm server: a few problems to watch, then all, thinking and not."""
     printer = TracePrinter(sys.stderr)
-    # As many connections as requests; and no proxy from the environment between us and this machine.
-    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-    http = openai.DefaultAsyncHttpxClient(limits=limits, trust_env=False)
+    # No proxy from the environment between us and this machine.
+    http = openai.DefaultAsyncHttpxClient(trust_env=False)
     async with openai.AsyncOpenAI(
         base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300, http_client=http
     ) as client:
@@ -273,13 +277,15 @@ def report(summary: dict[str, Any]) -> str:
 
 
 def run() -> dict[str, Any]:
+    for name in ("httpx", "httpx2"):  # the client's transport, in older and newer versions, logs each request
+        logging.getLogger(name).setLevel(logging.WARNING)
     began = time.perf_counter()
     workdir = Path(_WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)
     folder = Path(_MODEL.value) if _MODEL.value else embedded_model()
     pool = held_out(_PROBLEMS.value + _SHOWN.value, seed=_SEED.value)
     problems, shown = pool[: _PROBLEMS.value], pool[_PROBLEMS.value :]
-    with server_process(folder, workdir / "server.log") as url:
+    with server_process(folder, workdir / "server.log", flags=_SERVER_FLAGS) as url:
         before = metrics(url)
         try:
             thinking, direct, seconds = asyncio.run(converse(url, problems, shown, _CONCURRENCY.value))

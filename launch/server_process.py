@@ -4,6 +4,7 @@ What a launcher uses that needs a real server beside it (`launch.demo`): exactly
 """
 
 import contextlib
+import logging
 import signal
 import socket
 import subprocess
@@ -73,7 +74,11 @@ def metrics(url: str) -> dict[str, float]:
 
 def _wait_until_ready(child: subprocess.Popen, url: str, log_file: Path, timeout_s: float) -> None:
     end = time.monotonic() + timeout_s
-    with tqdm(total=1.0, desc="starting the server", bar_format="{desc}: {percentage:3.0f}% {elapsed}") as bar:
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # or each question whether it is ready would be a line
+    if not sys.stderr.isatty():
+        print("starting the server: compiling its steps", file=sys.stderr, flush=True)
+    form = "{desc}: {percentage:3.0f}% {elapsed}"
+    with tqdm(total=1.0, desc="starting the server", bar_format=form, disable=None) as bar:
         while child.poll() is None and time.monotonic() < end:
             with contextlib.suppress(httpx.TransportError):
                 answer = httpx.get(f"{url}/health", timeout=5, trust_env=False)
