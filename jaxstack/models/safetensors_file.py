@@ -29,9 +29,10 @@ DTYPES: Mapping[str, np.dtype] = {
 }
 """The stored types a model's weights may have."""
 
-# Sizes of the format's other types, which a file may hold beside what we load.
-_OTHER_BYTES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "C64": 8}
-_OTHER_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1}
+# The format's other types may stand in a file beside what we load.
+_ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
+_ITEM_BYTES |= {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "C64": 8}
+_ITEM_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1}
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,7 @@ def _checked_entry(path: Path, name: str, entry: Any, data_bytes: int) -> tuple[
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise UserError(f"{path}: {name}: expected an entry with dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    itemsize = (
-        DTYPES[dtype].itemsize if dtype in DTYPES else _OTHER_BYTES.get(dtype) if isinstance(dtype, str) else None
-    )
+    itemsize = _ITEM_BYTES.get(dtype) if isinstance(dtype, str) else None
     if itemsize is None:
         raise UserError(f"{path}: {name}: dtype: found {dtype!r}, expected a safetensors type")
     if not isinstance(shape, list) or not all(map(is_size, shape)):
@@ -169,6 +168,6 @@ def write_file(path: Path, tensors: Sequence[TensorToWrite]) -> None:
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for tensor in tensors:
-            data = np.ascontiguousarray(tensor.load(), DTYPES[tensor.dtype])
+            data = np.asarray(tensor.load(), DTYPES[tensor.dtype], order="C")
             assert data.shape == tensor.shape, (tensor.name, data.shape, tensor.shape)
             data.tofile(file)

@@ -1,0 +1,303 @@
+"""config.json of both generations, and every way in which it can be wrong."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxstack.models import RopeConfig
+from jaxstack.models.decoder import DecoderConfig
+from jaxstack.models.hf_config import config_from_folder, config_from_hf, config_to_hf, stored_dtype
+from jaxstack.runtime.errors import UserError
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "decoder"
+
+# As published for Llama 3.1 8B, in the keys of transformers 4.
+LLAMA31 = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 128256,
+}
+SMALL = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+
+
+def test_a_published_config_of_the_old_generation():
+    config = config_from_hf(LLAMA31)
+    assert config == DecoderConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        rms_norm_eps=1e-5,
+        rope=RopeConfig(theta=500000.0, rope_type="llama3", factor=8.0, original_max_position_embeddings=8192),
+        max_position_embeddings=131072,
+        bos_token_id=128000,
+        eos_token_ids=(128001, 128008, 128009),
+    )
+    assert stored_dtype(LLAMA31) == "bfloat16"
+
+
+def to_old_keys(data):
+    """The same file as transformers 4 would have written it."""
+    data = dict(data)
+    rope = dict(data.pop("rope_parameters"))
+    data["rope_theta"] = rope.pop("rope_theta")
+    data["rope_scaling"] = None if rope["rope_type"] == "default" else {"type": rope.pop("rope_type"), **rope}
+    data["torch_dtype"] = data.pop("dtype")
+    data.pop("layer_types", None)
+    return data
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in GOLDEN.iterdir()))
+def test_both_generations_give_the_same_config_and_we_write_both(name):
+    new = json.loads((GOLDEN / name / "config.json").read_text())
+    old = to_old_keys(new)
+    config = config_from_hf(new)
+    assert config_from_hf(old) == config
+    assert stored_dtype(old) == stored_dtype(new)
+
+    written = config_to_hf(config, dtype=stored_dtype(new))
+    assert config_from_hf(json.loads(json.dumps(written))) == config
+    without_new = {k: v for k, v in written.items() if k not in ("rope_parameters", "dtype", "layer_types")}
+    without_old = {k: v for k, v in written.items() if k not in ("rope_scaling", "rope_theta", "torch_dtype")}
+    assert config_from_hf(without_new) == config_from_hf(without_old) == config
+    # transformers' own file, key by key, where both write the key
+    assert {k: written[k] for k in new.keys() & written.keys()} == {
+        **{k: new[k] for k in new.keys() & written.keys()},
+        **({"max_window_layers": len(config.layer_windows)} if name in ("qwen2_yarn", "qwen3_tied") else {}),
+        **({"rope_parameters": written["rope_parameters"]} if name == "qwen2_yarn" else {}),
+    }
+
+
+@pytest.mark.parametrize(
+    ("keys", "windows"),
+    [
+        ({}, (None,) * 4),
+        ({"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 0}, (None,) * 4),
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, (None, 8, 8, 8)),
+        ({"use_sliding_window": True, "sliding_window": 8}, (None,) * 4),  # max_window_layers is 28 unless given
+        ({"use_sliding_window": True, "sliding_window": None, "max_window_layers": 1}, (None,) * 4),
+        (
+            {
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+            },
+            (8, None, 8, None),
+        ),
+        ({"architectures": ["MistralForCausalLM"]}, (4096,) * 4),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": None}, (None,) * 4),
+        ({"architectures": ["LlamaForCausalLM"], "sliding_window": 8}, (None,) * 4),
+    ],
+)
+def test_windows(keys, windows):
+    config = config_from_hf({**SMALL, **keys})
+    assert config.layer_windows == windows
+    assert config_from_hf(config_to_hf(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, {"head_dim": 128, "num_kv_heads": 2}),
+        ({"head_dim": None}, {"head_dim": 8}),
+        ({"num_key_value_heads": None}, {"num_kv_heads": 4}),
+        ({"architectures": ["Qwen2ForCausalLM"]}, {"head_dim": 8, "qkv_bias": True, "attention_out_bias": False}),
+        ({"attention_bias": True}, {"qkv_bias": True, "attention_out_bias": True, "mlp_bias": False}),
+        ({"architectures": None, "model_type": "qwen2"}, {"architecture": "Qwen2ForCausalLM"}),
+        ({"eos_token_id": None, "pad_token_id": -1}, {"eos_token_ids": (), "pad_token_id": None}),
+        ({"architectures": ["LlamaForCausalLM"]}, {"eos_token_ids": (2,), "bos_token_id": 1}),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, {"rope": RopeConfig(rope_type="linear", factor=2.0)}),
+        ({"rope_theta": 5000}, {"rope": RopeConfig(theta=5000.0)}),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "max_position_embeddings": 64},
+            {"rope": RopeConfig(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)},
+        ),
+    ],
+)
+def test_what_absent_keys_mean(keys, expected):
+    data = {k: v for k, v in SMALL.items() if k != "head_dim"} | keys
+    config = config_from_hf(data)
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_generation_config_overrides_token_ids(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps({**SMALL, "eos_token_id": 1, "bos_token_id": 2, "pad_token_id": 3})
+    )
+    assert config_from_folder(tmp_path).eos_token_ids == (1,)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [4, 5], "pad_token_id": 6}))
+    config = config_from_folder(tmp_path)
+    assert (config.eos_token_ids, config.bos_token_id, config.pad_token_id) == ((4, 5), 2, 6)
+
+
+BAD = [
+    (
+        {"architectures": ["GPT2LMHeadModel"]},
+        "architectures: found 'GPT2LMHeadModel', expected one of LlamaForCausalLM, ",
+    ),
+    ({"architectures": "LlamaForCausalLM"}, "architectures: found 'LlamaForCausalLM', expected a list"),
+    ({"architectures": []}, "architectures: found []"),
+    ({"architectures": None}, "architectures: found None"),
+    ({"architectures": None, "model_type": "gpt2"}, "architectures: found 'gpt2', expected one of"),
+    ({"vocab_size": None}, "vocab_size: found None, expected an integer from 1"),
+    ({"hidden_size": "big"}, "hidden_size: found 'big', expected an integer"),
+    ({"hidden_size": 32.0}, "hidden_size: found 32.0, expected an integer"),
+    ({"hidden_size": True}, "hidden_size: found True"),
+    ({"hidden_size": -32}, "hidden_size: found -32"),
+    (
+        {"intermediate_size": 10**30},
+        "intermediate_size: found 1000000000000000000000000000000, expected an integer from 1 to",
+    ),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers: found 1000000000, expected an integer from 1 to 4096"),
+    ({"num_hidden_layers": []}, "num_hidden_layers: found []"),
+    ({"num_key_value_heads": 3}, "num_kv_heads: found 3, expected a divisor of num_heads = 4"),
+    (
+        {"num_attention_heads": 5, "head_dim": None},
+        "num_attention_heads: found 5, expected a divisor of hidden_size = 32",
+    ),
+    ({"head_dim": 15}, "head_dim: found 15, expected an even number"),
+    ({"rms_norm_eps": "tiny"}, "rms_norm_eps: found 'tiny', expected a finite number"),
+    ({"rms_norm_eps": -1e-6}, "rms_norm_eps: found -1e-06"),
+    ({"hidden_act": "gelu"}, "hidden_act: found 'gelu', expected 'silu'"),
+    (
+        {"quantization_config": {"bits": 4}},
+        "quantization_config: found {'bits': 4}, expected an unquantised checkpoint",
+    ),
+    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: found 'yes', expected true or false"),
+    ({"rope_scaling": "double"}, "rope_scaling: found 'double', expected an object"),
+    (
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2}},
+        "rope_scaling.rope_type: found 'dynamic', expected one of",
+    ),
+    ({"rope_parameters": {"rope_type": 3}}, "rope_parameters.rope_type: found 3, expected a string"),
+    ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor: found nothing, expected a finite number"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rope_scaling.low_freq_factor: found nothing"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "rope.factor: found 0.5, expected a number >= 1"),
+    ({"rope_theta": "1e4"}, "rope_theta: found '1e4', expected a finite number"),
+    ({"rope_theta": 0}, "rope.theta: found 0.0"),
+    ({"rope_theta": float("inf")}, "rope_theta: found inf"),
+    (
+        {"rope_parameters": {"partial_rotary_factor": 0.5}},
+        "rope_parameters.partial_rotary_factor: found 0.5, expected 1.0",
+    ),
+    ({"layer_types": ["full_attention"]}, "layer_types: found ['full_attention'], expected a list of 4 entries"),
+    ({"layer_types": ["linear_attention"] * 4}, "layer_types: found ['linear_attention'"),
+    ({"use_sliding_window": True, "sliding_window": 0}, "sliding_window: found 0"),
+    ({"use_sliding_window": 1}, "use_sliding_window: found 1, expected true or false"),
+    ({"use_sliding_window": True, "max_window_layers": -1}, "max_window_layers: found -1"),
+    ({"eos_token_id": "</s>"}, "eos_token_id: found '</s>', expected an integer from 0"),
+    ({"eos_token_id": [1, None]}, "eos_token_id: found [1, None], expected a token id or a list of token ids"),
+    ({"bos_token_id": 1.5}, "bos_token_id: found 1.5"),
+    (
+        {
+            "architectures": ["MistralForCausalLM"],
+            "sliding_window": 8,
+            "layer_types": ["full_attention", "sliding_attention"] * 2,
+        },
+        "layer_types: found ['full_attention', 'sliding_attention'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("keys", "message"), BAD)
+def test_bad_values_get_one_line_with_file_and_field(keys, message):
+    with pytest.raises(UserError) as caught:
+        config_from_hf({**SMALL, **keys}, source="some/config.json")
+    text = str(caught.value)
+    assert text.startswith("some/config.json: " + message), text
+    assert text.count("some/config.json") == 1
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not readable as JSON"),
+        ("[1]", "found a JSON list, expected an object"),
+        ("\ufeff{}", "not readable as JSON"),
+        ("[" * 100_000, "not readable as JSON"),
+    ],
+)
+def test_files_that_are_no_json_object(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        config_from_folder(tmp_path)
+
+
+def test_missing_and_binary_files(tmp_path):
+    with pytest.raises(UserError, match=r"config\.json: no such file"):
+        config_from_folder(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not readable as JSON"):
+        config_from_folder(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id: found 'x'"):
+        config_from_folder(tmp_path)
+
+
+def test_bad_dtype_names():
+    with pytest.raises(UserError, match="torch_dtype: found 'int8', expected one of float32, bfloat16, float16"):
+        stored_dtype({"torch_dtype": "int8"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": "GPT2LMHeadModel"}, "architecture: found 'GPT2LMHeadModel'"),
+        ({"qk_norm": False}, "qk_norm: found False, expected True: Qwen3ForCausalLM has no other form"),
+        ({"qkv_bias": True}, "attention_out_bias: found False, expected True"),
+        ({"mlp_bias": True}, "mlp_bias: found True, expected False"),
+        ({"layer_windows": (1, 2, None, None)}, "layer_windows: found .* expected one window size"),
+        (
+            {"architecture": "MistralForCausalLM", "qk_norm": False, "layer_windows": (None, 2, 2, 2)},
+            "expected the same window in every layer",
+        ),
+        (
+            {"architecture": "LlamaForCausalLM", "qk_norm": False, "layer_windows": (2, 2, 2, 2)},
+            "expected full attention in every layer",
+        ),
+    ],
+)
+def test_what_an_architecture_cannot_express_is_not_written(changes, message):
+    with pytest.raises(UserError, match=message):
+        config_to_hf(dataclasses.replace(config_from_hf(SMALL), **changes))
