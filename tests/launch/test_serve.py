@@ -1,0 +1,111 @@
+"""`python -m launch.serve` as a user runs it: ready line, a request, SIGTERM; and one line for each mistake."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from flax import nnx
+
+from jaxstack.models.checkpoint import save_decoder
+from jaxstack.models.decoder import Decoder, DecoderConfig
+from jaxstack.models.tokenizer import byte_tokenizer
+
+ROOT = Path(__file__).parents[2]
+MODEL = DecoderConfig(
+    architecture="Qwen2ForCausalLM",
+    vocab_size=byte_tokenizer().vocab_size,
+    hidden_size=16,
+    intermediate_size=16,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    qkv_bias=True,
+    max_position_embeddings=64,
+)
+
+
+def run(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "tiny-model"
+    save_decoder(Decoder(MODEL, rngs=nnx.Rngs(0)), folder)
+    byte_tokenizer().save(folder)
+    return folder
+
+
+def test_serving_a_folder_until_a_signal(folder: Path) -> None:
+    flags = [f"--model={folder}", "--port=0", "--max_sequences=1", "--max_batch_tokens=16", "--api_key=k"]
+    servers = {number: run("-m", "launch.serve", *flags) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number, server in servers.items():
+        assert server.stdout is not None
+        line = server.stdout.readline()
+        assert line.startswith("serving tiny-model at http://127.0.0.1:"), server.communicate()
+        body = {"model": "tiny-model", "prompt": "abc", "max_tokens": 4, "ignore_eos": True}
+        url, key = f"{line.split()[-1]}/completions", {"authorization": "Bearer k"}
+        answer = httpx.post(url, json=body, headers=key, timeout=60, trust_env=False)
+        assert answer.json()["usage"]["completion_tokens"] == 4
+        server.send_signal(number)
+    for server in servers.values():
+        rest, errors = server.communicate(timeout=120)
+        assert server.returncode == 0, errors
+        assert json.loads(rest.splitlines()[-1]) == {
+            "model": "tiny-model",
+            "prompt_tokens": 3,
+            "generation_tokens": 4,
+            "requests": 1,
+            "recompilations": 0,
+        }
+        assert "Traceback" not in errors and "compiling" in errors
+
+
+# Each line of stdin is a command line; the imports, which take longest, are done once.
+DRIVER = """
+import os, sys, warnings
+from launch import job, serve
+warnings.simplefilter("ignore")  # of forking with jax imported: no device is in use yet
+for line in sys.stdin.read().splitlines():
+    if os.fork() == 0:
+        sys.argv = ["launch.serve", *line.split(chr(9))]
+        job.main(serve.run)
+    print("exit code", os.waitstatus_to_exitcode(os.wait()[1]), file=sys.stderr, flush=True)
+"""
+
+
+def test_mistakes_get_one_line_and_a_code(folder: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{")
+    cases = {
+        f"--model={tmp_path / 'nothing'}": (1, "nothing"),
+        f"--model={broken}": (1, "config.json"),
+        f"--model={folder}\t--page_size=12": (1, "page_size: found 12, expected a power of two"),
+        f"--model={folder}\t--max_model_len=128": (1, "max_model_len: found 128"),
+        f"--model={folder}\t--port=99999": (1, "port: found 99999"),
+        f"--model={folder}\tstray": (2, "unexpected argument 'stray'"),
+        "--port=many": (2, "--port=many"),
+        "--colour=red": (2, "colour"),
+    }
+    _, errors = run("-c", DRIVER).communicate("\n".join(cases), timeout=300)
+    assert "Traceback" not in errors
+    answers = errors.split("exit code ")
+    for (flags, (exit_code, message)), before, after in zip(cases.items(), answers[:-1], answers[1:], strict=True):
+        (said,) = [line for line in before.splitlines() if line.startswith("error:")]
+        assert message in said, flags
+        assert after.startswith(f"{exit_code}\n"), flags
