@@ -1,8 +1,9 @@
 """`matmul(x, w)`: float32 products with weights that are plain arrays or packed for the CPU.
 
-A plain `w [K, N]` goes to XLA's dot on every platform, for training and for accelerators. `pack` stores weights once in the order
-a CPU streams them from memory; `matmul` then runs a compiled kernel (packed_matmul.cc) several times faster at the few rows of a
-decode step. A stack of layers stays one array: inside a scan, `packed.at_layer(index)` names a layer and copies nothing.
+A plain `w [K, N]` goes to XLA's dot on every platform, for training and for accelerators. `pack` stores weights once in
+the order a CPU streams them from memory; `matmul` then runs a compiled kernel (packed_matmul.cc), faster at the few
+rows of a decode step. A stack of layers stays one array: inside a scan, `packed.at_layer(index)` names a layer and
+copies nothing.
 
     source packed_matmul.cc -> build.py (compile, cache) -> cpu.py (XLA custom call) <- packed.py (the layout)
     ref.py: the oracle       xla.py: what XLA compiles itself, also for packed weights where there is no compiler
@@ -42,14 +43,15 @@ def matmul(
 
     Args:
       x: any leading axes.
-      w: a plain matrix, or a `PackedWeight` (one matrix, or a stack with `at_layer` chosen), whose result is float32 and, by the
-        "cpu" implementation, bit-identical for a row whatever other rows are in the batch.
-      implementation: "ref" (the oracle), "xla" (XLA's own), "cpu" (the compiled kernel, packed weights only). None is XLA's dot
-        for a plain matrix; for a packed one the compiled kernel where it can run, else the "xla" form.
+      w: a plain matrix, or a `PackedWeight` (one matrix, or a stack with `at_layer` chosen), whose result is float32
+        and, by the "cpu" implementation, bit-identical for a row whatever other rows are in the batch.
+      implementation: "ref" (the oracle), "xla" (XLA's own), "cpu" (the compiled kernel, packed weights only). None is
+        XLA's dot for a plain matrix; for a packed one the compiled kernel where it can run, else the "xla" form.
 
     Raises:
       ValueError: shapes that do not fit, an unknown implementation, or "cpu" with a plain matrix.
-      TypeError: on differentiation or `jax.vmap` with a packed weight; a packed weight with an `x` that is not floating point.
+      TypeError: on differentiation or `jax.vmap` with a packed weight; a packed weight with an `x` that is not floating
+        point.
       RuntimeError: implementation="cpu" where the kernel cannot be built.
     """
     if implementation not in (None, "ref", "xla", "cpu"):
@@ -85,7 +87,7 @@ def _packed(implementation: Implementation | None, x: Array, w: PackedWeight) ->
 
 
 def _serve_only(implementation: Implementation | None, x: Array, w: PackedWeight) -> Array:
-    """The product, wrapped so that differentiation and vmap fail with a sentence instead of a trace through the custom call."""
+    """The product, wrapped so that differentiation and vmap fail with a sentence that says what to do."""
 
     @jax.custom_batching.custom_vmap
     def product(x: Array, w: PackedWeight) -> Array:

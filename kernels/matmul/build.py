@@ -1,9 +1,9 @@
 """Compiles a C++ kernel that ships as source, once per machine, and keeps the library in the user's cache directory.
 
-The file name carries a digest of everything the machine code depends on (source, compiler and its version, flags, the processor's
-instruction sets, jaxlib, whose headers are compiled in), so a change of any of them builds anew and nothing stale is ever
-loaded. The library appears under its name by an atomic rename: processes that build at the same time do the work twice and
-never see half a file.
+The file name carries a digest of everything the machine code depends on (source, compiler and its version, flags, the
+processor's instruction sets, jaxlib, whose headers are compiled in), so a change of any of them builds anew and nothing
+stale is ever loaded. The library appears under its name by an atomic rename: processes that build at the same time do
+the work twice and never see half a file.
 """
 
 import hashlib
@@ -34,8 +34,8 @@ def shared_library(source: Path, *, compiler: str | None = None, cache: Path | N
     Args:
       source: a C++ file that may include XLA's FFI headers.
       compiler: name or path of the compiler; None tries `c++`, `g++`, `clang++`.
-      cache: directory of compiled kernels; None is the platform's per-user cache directory, or a private temporary directory
-        where that cannot be written.
+      cache: directory of compiled kernels; None is the platform's per-user cache directory. Where it cannot be written,
+        or others can write there, a private temporary directory takes its place.
 
     Raises:
       BuildError: no compiler, or it failed.
@@ -96,7 +96,7 @@ def _user_cache() -> Path:
 
 
 def _writable(folder: Path) -> Path:
-    """`folder` if this user, and nobody else, can write there; else a fresh temporary directory: code is loaded from it."""
+    """`folder` if this user, and nobody else, can write there, since code is loaded from it; else a temporary one."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = folder.stat()

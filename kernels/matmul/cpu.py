@@ -20,13 +20,13 @@ _lock = threading.Lock()
 
 
 def why_not() -> str:
-    """Why the compiled kernel cannot be used in this process, in one line; empty if it can. Builds it on the first call."""
+    """Why the compiled kernel cannot be used here, in one line; empty if it can. Builds it on the first call."""
     with _lock:
         return _register()
 
 
 def available() -> bool:
-    """Whether the compiled kernel can be used in this process. Builds it on the first call (seconds, once per machine)."""
+    """Whether the compiled kernel can be used here. Builds it on the first call (seconds, once per machine)."""
     return not why_not()
 
 
@@ -66,8 +66,8 @@ def matmul(x: Float[Array, "... K"], w: PackedWeight) -> Float[Array, "... N"]:
     # Panels of a single matrix are a stack of one; reshape of a buffer moves nothing.
     panels = w.panels if w.panels.ndim == 4 else w.panels[None]
     layer = jnp.zeros((), jnp.int32) if w.layer is None else w.layer
-    # x cut into blocks along K. A result that nobody reads, so that XLA places it in the program's own scratch memory, where it
-    # is still warm from the product before.
+    # x cut into blocks along K. A result that nobody reads, so that XLA places it in the program's own scratch memory,
+    # where it is still warm from the product before.
     blocked = 0 if rows.shape[0] == 1 else rows.shape[0] * -(-depth // _BLOCK) * _BLOCK
     call = jax.ffi.ffi_call(
         _TARGET,

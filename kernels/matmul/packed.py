@@ -117,8 +117,8 @@ def _pack_on_host(w: np.ndarray, *, transposed: bool) -> Array:
 def _empty_in_huge_pages(shape: tuple[int, ...]) -> np.ndarray:
     """An uninitialised float32 array that begins on a huge-page boundary.
 
-    numpy asks Linux for huge pages for large arrays, XLA does not; without them every 4 KiB of streamed weights costs a page
-    walk, 5 to 15 % of a decode step's product.
+    numpy asks Linux for huge pages for large arrays, XLA does not; without them every 4 KiB of streamed weights costs a
+    page walk, 5 to 15 % of a decode step's product.
     """
     boundary = 1 << 21
     size_bytes = int(np.prod(shape)) * 4

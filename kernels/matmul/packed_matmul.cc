@@ -1,15 +1,16 @@
-// out[M, N] = x[M, K] @ w, float32, w stored as panels[n_panels, K, 64]: the CPU form of kernels.matmul on packed weights.
+// out[M, N] = x[M, K] @ w, float32, with w stored as panels[n_panels, K, 64]: kernels.matmul on packed weights, on CPU.
 //
-// Decoding multiplies a few rows by weights that come from DRAM every time, so two things decide the speed: the weights must
-// arrive as one sequential stream that never waits for the arithmetic, and the arithmetic must keep both FMA ports busy.
-//   * A panel (64 columns, all of K) is contiguous. While block k of a panel is multiplied, block k+1 is prefetched into L2, the
-//     prefetches spread evenly over the row tiles, so DRAM streams during the arithmetic instead of between it.
-//   * The register tile is up to 6 rows x 64 columns (AVX-512): 24 accumulators, 4 registers of weights, 1 broadcast of x. Wide and
-//     low beats the usual 14 x 32: 10 loads for 24 FMAs instead of 16 for 28, and loads are what the FMA ports wait for.
-//   * Threads (XLA's own pool and the calling thread) claim panels from an atomic counter, so a core that is busy with something
-//     else delays one panel, not half of the product.
-// The value of out[m, n] is a function of x[m, :] and w[:, n] alone: within each block of kBlock values of k a chain of FMAs in
-// order of k, and the blocks summed in order. Neither the number of rows, nor the row's place, nor threads change a bit of it.
+// Decoding multiplies a few rows by weights that come from DRAM every time, so two things decide the speed: the weights
+// must arrive as one sequential stream that does not wait for the arithmetic, and the FMA ports must be kept busy.
+//   * A panel (64 columns, all of K) is contiguous. While block k of a panel is multiplied, block k+1 is prefetched to
+//     L2, the prefetches spread evenly over the row tiles, so DRAM streams during the arithmetic and not between it.
+//   * The register tile is up to 6 rows x 64 columns (AVX-512): 24 accumulators, 4 registers of weights, 1 broadcast of
+//     x. Wide and low beats the usual 14 x 32: 10 loads for 24 FMAs, not 16 for 28, and on loads the FMA ports wait.
+//   * Threads (XLA's own pool and the calling thread) claim panels from an atomic counter, so a core that is busy with
+//     something else delays one panel, not half of the product.
+// The value of out[m, n] is a function of x[m, :] and w[:, n] alone: within each block of kBlock values of k a chain of
+// FMAs in order of k, and the blocks summed in order. Neither the number of rows, nor the row's place among them, nor
+// the threads change a bit of it.
 
 #include <algorithm>
 #include <atomic>
@@ -33,7 +34,7 @@ using Matrix = ffi::Buffer<ffi::F32, 2>;
 using Vector = ffi::Buffer<ffi::F32, 1>;
 using Panels = ffi::Buffer<ffi::F32, 4>;  // [layers, n_panels, K, 64]
 
-// ---- One SIMD register, by instruction set. ------------------------------------------------------------------------------
+// ---- One SIMD register, by instruction set. ----
 #if defined(__AVX512F__)
 using Vec = __m512;
 constexpr int kMaxRows = 6, kVecs = 4;
@@ -68,11 +69,11 @@ inline void Pause() {
 #endif
 }
 
-constexpr int64_t kColumns = 64;                              // columns of a panel (packed.PANEL_COLUMNS)
+constexpr int64_t kColumns = 64;  // columns of a panel (packed.PANEL_COLUMNS)
 constexpr int kLanes = static_cast<int>(sizeof(Vec) / sizeof(float));
-constexpr int64_t kBlock = 128;       // k values summed in registers: 32 KiB of panel, which stays in L1 for all row tiles
-constexpr int64_t kUnroll = 4;       // k values between two looks at the prefetch cursor
-constexpr int64_t kChunkBytes = 5 << 18;   // x rows worked on at once, so that they stay in L2 while panels pass by
+constexpr int64_t kBlock = 128;  // k values summed in registers: 32 KiB of panel, which stays in L1 for all row tiles
+constexpr int64_t kUnroll = 4;  // k values between two looks at the prefetch cursor
+constexpr int64_t kChunkBytes = 5 << 18;  // rows of x worked on at once: they stay in L2 while panels pass by
 constexpr int64_t kSerialBytes = 1 << 16;  // weights of less than this are not worth waking another thread
 
 inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -83,8 +84,8 @@ struct Prefetch {
   int64_t lines;
 };
 
-// c[kRows, kVecs * kLanes] (+)= a[kRows, depth] @ b[depth, same columns of a panel]. Rows of `a` are kBlock apart: a constant, so
-// every operand is one base register plus a displacement.
+// c[kRows, kVecs * kLanes] (+)= a[kRows, depth] @ b[depth, the same columns of a panel]. Rows of `a` are kBlock apart:
+// a constant, so every operand is one base register plus a displacement.
 template <int kRows>
 void Tile(const float* a, const float* b, int64_t depth, float* c, int64_t c_stride, bool accumulate, Prefetch& ahead) {
   Vec sum[kRows][kVecs] = {};
@@ -126,17 +127,17 @@ TileFn TileFor(int rows, std::integer_sequence<int, kRows...>) {
   return table[rows - 1];
 }
 
-// ---- One product, shared by all threads that work on it. ------------------------------------------------------------------
+// ---- One product, shared by all threads that work on it. ----
 struct Product {
   const float* x;       // [rows, depth]
   const float* panels;  // [n_panels, depth, kColumns] of the wanted layer
   float* out;           // [rows, columns]
-  float* blocked;       // [n_blocks, rows, kBlock]: x cut along depth; x itself for a single row, where it is the same thing
+  float* blocked;       // [n_blocks, rows, kBlock]: x cut along depth; unused for one row, where x is just that
   int64_t rows, depth, columns, n_panels, n_blocks, n_chunks, chunk_rows, n_units;
   std::atomic<int64_t> next_block{0}, blocks_done{0}, next_unit{0}, units_done{0};
 
-  // Called by every thread. A thread only ever waits for work that a running thread has claimed, never for one that has yet to
-  // start, so products that run side by side on a full pool, or on a pool of one, cannot wait for each other.
+  // Called by every thread. A thread only ever waits for work that a running thread has claimed, never for a thread
+  // that has yet to start, so products side by side on a full pool, or on a pool of one, cannot wait for each other.
   void Work() {
     if (rows > 1) {
       for (int64_t block; (block = next_block.fetch_add(1)) < n_blocks; blocks_done.fetch_add(1)) CutBlock(block);
@@ -199,7 +200,8 @@ struct Product {
     }
     if (aside) {
       for (int64_t row = 0; row < chunk; ++row) {
-        std::memcpy(out + (first_row + row) * columns + panel * kColumns, result + row * kColumns, valid * sizeof(float));
+        float* to = out + (first_row + row) * columns + panel * kColumns;
+        std::memcpy(to, result + row * kColumns, valid * sizeof(float));
       }
     }
     return next;

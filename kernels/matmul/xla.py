@@ -1,4 +1,4 @@
-"""The forms XLA compiles itself: its dot for plain arrays, an einsum over panels for packed weights (correct anywhere, slower)."""
+"""The forms XLA compiles itself: its dot for plain arrays; an einsum over panels for packed ones, slow but anywhere."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
