@@ -77,14 +77,14 @@ def dense_attention(
         # is.
         q = jnp.moveaxis(q.reshape(-1, length, kv_heads, heads // kv_heads, head_dim), 1, 3)
         k, v = (jnp.moveaxis(x.reshape(-1, length, kv_heads, head_dim), 1, 2) for x in (k, v))
-        rows = [jnp.broadcast_to(x, (*batch, length)).reshape(-1, length) for x in (segments, where)]
+        segments, where = (jnp.broadcast_to(x, (*batch, length)).reshape(-1, length) for x in (segments, where))
         if length <= block:
-            out = _whole(q, k, v, layer.window, *rows, factor)
+            out = _whole(q, k, v, layer.window, segments, where, factor)
         else:
             padding = -length % block  # the padded keys lie in every real query's future
             q, k, v = (jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, padding), (0, 0)]) for x in (q, k, v))
-            rows = [jnp.pad(x, ((0, 0), (0, padding))) for x in rows]
-            out = _tiled(q, k, v, layer.window, *rows, factor, block)[..., :length, :]
+            segments, where = (jnp.pad(x, ((0, 0), (0, padding))) for x in (segments, where))
+            out = _tiled(q, k, v, layer.window, segments, where, factor, block)[..., :length, :]
         return jnp.moveaxis(out, 3, 1).reshape(*batch, length, heads, head_dim), cache
 
     return attend
@@ -135,9 +135,9 @@ class _Tiles:
         return jax.lax.dynamic_slice_in_dim(x, i * self.block, self.block, axis)
 
     def visible(self, i: Int[Array, ""], j: Int[Array, ""]) -> Bool[Array, "B 1 1 Q K"]:
-        rows = [[self.cut(x, n, -1) for x in (self.segments, self.positions)] for n in (i, j)]
+        queries, keys = ((self.cut(self.segments, n, -1), self.cut(self.positions, n, -1)) for n in (i, j))
         offsets = jnp.arange(self.block)
-        return _visible(i * self.block + offsets, j * self.block + offsets, *rows, self.window)
+        return _visible(i * self.block + offsets, j * self.block + offsets, queries, keys, self.window)
 
     def first_key_block(self, i: Int[Array, ""]) -> Int[Array, ""]:
         """The block of the first query's oldest key: positions rise along a document, so its index is no older."""
