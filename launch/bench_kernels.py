@@ -1,9 +1,9 @@
 """How fast the kernels are here, each implementation beside the others: `python -m launch.bench_kernels --rows=1,32`.
 
-Per shape and number of rows, for every implementation: the largest error against float64 (relative to the largest value,
-over the first and last 128 columns), the least time of many calls, and what that is in GF/s, in GB/s of weights, and as a
-share of this machine's copy bandwidth measured in the same run. Implementations take turns call by call, so that a busy
-machine disturbs all alike, and weights take turns too, so that they come from memory as in a decode step.
+Per shape and number of rows, for every implementation: the largest error against float64 (relative to the largest
+value, over the first and last 128 columns), the least time of many calls, and what that is in GF/s, in GB/s of weights,
+and as a share of this machine's copy bandwidth measured in the same run. Implementations take turns call by call, so
+that a busy machine disturbs all alike, and weights take turns too, so that they come from memory as in a decode step.
 """
 
 import sys
