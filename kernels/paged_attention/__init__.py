@@ -8,13 +8,14 @@ tokens in the cache. The first `num_decodes` sequences have one row each.
 
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels.paged_attention import ref, xla
+from kernels.paged_attention import cpu, ref, xla
 from kernels.paged_attention.ragged import QUERY_BLOCK, Ragged, ragged
 
-Implementation = Literal["ref", "xla"]
+Implementation = Literal["ref", "xla", "cpu"]
 
 
 def paged_attention(
@@ -33,12 +34,26 @@ def paged_attention(
     q's dtype. Rows beyond `query_starts[-1]` are finite and meaningless.
 
     Args:
-      implementation: "ref" (dense, the oracle) or "xla" (blocked, cost follows the real lengths); None picks "xla".
+      implementation: "ref" (dense, the oracle), "xla" (blocked, cost follows the real lengths) or "cpu" (compiled C++:
+        float32, head_dim a multiple of 16; a row's result does not depend on the rows beside it); None picks "cpu" where
+        it can, else "xla".
+
+    Raises:
+      ValueError: shapes that do not fit, or an unknown implementation.
+      RuntimeError: "cpu" was asked for and cannot be had here.
     """
     if q.shape[-1] != kv.shape[-1]:
         raise ValueError(f"head_dim of q is {q.shape[-1]}, of the cache {kv.shape[-1]}")
-    form = ref if implementation == "ref" else xla
-    return form.paged_attention(q, kv, jnp.asarray(layer), batch, scale=scale, window=jnp.asarray(window, jnp.int32))
+    if implementation is None:
+        on_cpu = jax.default_backend() == "cpu" and cpu.handles(q, kv) and not cpu.why_not()
+        implementation = "cpu" if on_cpu else "xla"
+    if implementation not in _FORMS:
+        raise ValueError(f"implementation: found {implementation!r}, expected one of {', '.join(_FORMS)}")
+    window = jnp.asarray(window, jnp.int32)
+    return _FORMS[implementation](q, kv, jnp.asarray(layer, jnp.int32), batch, scale=scale, window=window)
+
+
+_FORMS = {"ref": ref.paged_attention, "xla": xla.paged_attention, "cpu": cpu.paged_attention}
 
 
 __all__ = ["QUERY_BLOCK", "Implementation", "Ragged", "paged_attention", "ragged"]

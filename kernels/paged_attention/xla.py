@@ -43,6 +43,11 @@ def _split(block, kv_heads):
     return block[..., 0, :], block[..., 1, :]
 
 
+def _owned(values, written):
+    """Values with zeros where the sequence has written nothing: what an earlier owner left there may not be finite."""
+    return jnp.where(written[..., None, None], values, 0)
+
+
 def _decode(q, kv, layer, batch, scale, window):
     sequences, heads, head_dim = q.shape
     kv_heads = kv.shape[3] // 2
@@ -58,6 +63,7 @@ def _decode(q, kv, layer, batch, scale, window):
         keys, values = _split(kv[layer, table], kv_heads)  # [S, tokens, KV, hd]
         scores = jnp.einsum("skgd,stkd->skgt", grouped, keys, preferred_element_type=jnp.float32)
         token = i * tokens + jnp.arange(tokens)
+        values = _owned(values, token < length[:, None])
         visible = (token < length[:, None]) & (token >= length[:, None] - window)
         scores = jnp.where(visible[:, None, None, :], scores, _MASKED)
         higher = jnp.maximum(top, scores.max(-1))
@@ -105,6 +111,7 @@ def _chunks(q, kv, layer, batch, scale, window):
             keys, values = _split(kv[layer, table], kv_heads)  # [tokens, KV, hd]
             scores = jnp.einsum("kqd,tkd->kqt", query, keys, preferred_element_type=jnp.float32)
             token = i * tokens + jnp.arange(tokens)
+            values = _owned(values, token < batch.kv_lens[sequence])
             visible = (token <= position[:, None]) & (token > position[:, None] - window)
             visible = jnp.tile(visible, (group, 1))[None]
             scores = jnp.where(visible, scores, _MASKED)

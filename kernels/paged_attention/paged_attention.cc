@@ -1,0 +1,341 @@
+// Softmax attention of ragged query rows over a paged float32 KV cache: the CPU form of kernels.paged_attention.
+//
+// A unit of work is a few query rows of one sequence with one key/value head: all queries that share that head (grouped-query
+// attention) meet each key once. Keys are read page by page in blocks of kTokens, aligned to position 0 of the sequence, and turned
+// so that a register holds one dimension of 16 tokens; scores, softmax and the sum of values then run over whole registers.
+//
+// The result of a query is a function of the query and of the keys and values it sees alone: blocks are fixed by position, within a block
+// every sum runs in a fixed order, and a token that is not visible adds an exact zero. So neither the other rows of the batch, nor
+// where a chunk of the prompt began, nor the number of threads change a bit of it. Tokens past a sequence's length are never read, so
+// whatever an earlier owner left in a page cannot reach anybody.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+// Sixteen lanes; the compiler maps them to one AVX-512 register, two of AVX2 or four of SSE or NEON.
+using Vec = float __attribute__((vector_size(64)));
+using Int = int32_t __attribute__((vector_size(64)));
+constexpr int64_t kLanes = 16;
+constexpr int64_t kTokens = 64;                   // tokens of a block
+constexpr int64_t kTokenVecs = kTokens / kLanes;  // registers for their scores
+constexpr int64_t kQueries = 4;                   // queries that share the loads of keys and values
+constexpr int64_t kUnitQueries = 64;              // queries (rows x heads of a group) of a unit, at most, if a row has fewer
+
+inline Vec Load(const float* p) { Vec v; std::memcpy(&v, p, sizeof v); return v; }
+inline void Store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+inline Vec Splat(float a) { return a - Vec{}; }
+inline Vec Max(Vec a, Vec b) { return a > b ? a : b; }
+
+// e^x for x <= 0, within 2 units in the last place; below -87 the result is 0. Cody-Waite reduction and a polynomial.
+inline Vec Exp(Vec x) {
+  const Vec shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer, which then sits in the low bits
+  const Vec n = shifted - 12582912.0f;
+  const Vec r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+  Vec p = r * 1.3888889e-3f + 8.3333333e-3f;
+  p = p * r + 4.1666668e-2f;
+  p = p * r + 1.6666667e-1f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  Int bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits - 0x4B400000 + 127) << 23;
+  Vec power;
+  std::memcpy(&power, &bits, sizeof power);
+  return x < -87.0f ? Vec{} : p * power;
+}
+
+// to[i * kTokens + t] = rows[t][d + i] for 16 tokens and 16 dimensions.
+inline void Turn(const float* const* rows, int64_t d, float* to) {
+#if defined(__AVX512F__)
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(rows[i] + d);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+  // Pairs of pairs: a[4g + j] holds, in each 128-bit lane l, dimension 4l + j of tokens 4g .. 4g + 3.
+  for (int i = 0; i < 16; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      const __m512d low = _mm512_castps_pd(b[i + j]), high = _mm512_castps_pd(b[i + 2 + j]);
+      a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  }
+  // Gather the same lane of the four groups of tokens.
+  for (int j = 0; j < 4; ++j) {
+    const __m512 low02 = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x88), low13 = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xDD);
+    const __m512 high02 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x88);
+    const __m512 high13 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xDD);
+    _mm512_storeu_ps(to + j * kTokens, _mm512_shuffle_f32x4(low02, high02, 0x88));
+    _mm512_storeu_ps(to + (4 + j) * kTokens, _mm512_shuffle_f32x4(low13, high13, 0x88));
+    _mm512_storeu_ps(to + (8 + j) * kTokens, _mm512_shuffle_f32x4(low02, high02, 0xDD));
+    _mm512_storeu_ps(to + (12 + j) * kTokens, _mm512_shuffle_f32x4(low13, high13, 0xDD));
+  }
+#else
+  for (int64_t t = 0; t < kLanes; ++t) {
+    for (int64_t i = 0; i < kLanes; ++i) to[i * kTokens + t] = rows[t][d + i];
+  }
+#endif
+}
+
+inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Unit {
+  int32_t sequence, first_row, rows, kv_head;
+};
+
+// What one thread needs while it works; kept for its next call.
+struct Scratch {
+  std::vector<float> query, keys, scores, out, top, total;
+};
+
+struct Attention {
+  const float *q, *kv;  // kv: the wanted layer
+  const int32_t *tables, *kv_lens, *starts;
+  float* out;
+  int64_t heads, kv_heads, head_dim, page_size, table_pages, window;
+  float scale;
+  std::vector<Unit> units;
+  std::atomic<int64_t> next{0}, done{0};
+
+  void Work() {
+    static thread_local Scratch scratch;
+    const int64_t n = static_cast<int64_t>(units.size());
+    for (int64_t i; (i = next.fetch_add(1)) < n; done.fetch_add(1)) Compute(units[i], scratch);
+  }
+
+  // Waits only for units that a running thread has claimed, so calls side by side on a full pool cannot wait for each other.
+  void WaitForAll() const {
+    const int64_t n = static_cast<int64_t>(units.size());
+    for (int spins = 0; done.load(std::memory_order_acquire) < n; ++spins) {
+      if (spins > 4096) std::this_thread::yield();
+    }
+  }
+
+  const float* Row(const Unit& unit, int64_t token) const {
+    const int64_t page = tables[unit.sequence * table_pages + token / page_size];
+    return kv + ((page * page_size + token % page_size) * 2 * kv_heads + 2 * unit.kv_head) * head_dim;
+  }
+
+  void Compute(const Unit& unit, Scratch& s) const {
+    const int64_t group = heads / kv_heads, dim = head_dim;
+    // Queries are padded to a multiple of kQueries with zeros, whose results nobody reads.
+    const int64_t n = unit.rows * group, padded = CeilDiv(n, kQueries) * kQueries;
+    s.query.assign(padded * dim, 0.0f);
+    s.out.assign(padded * dim, 0.0f);
+    s.scores.assign(padded * kTokens, 0.0f);
+    s.top.assign(padded, -std::numeric_limits<float>::infinity());
+    s.total.assign(padded, 0.0f);
+    s.keys.resize(dim * kTokens);
+    for (int64_t i = 0; i < n; ++i) {
+      const float* from = Query(unit, i);
+      for (int64_t d = 0; d < dim; ++d) s.query[i * dim + d] = from[d] * scale;
+    }
+    // Position of the unit's first row; the rows of a sequence are its last tokens.
+    const int64_t length = kv_lens[unit.sequence];
+    const int64_t first = length - (starts[unit.sequence + 1] - unit.first_row);
+    const int64_t end = first + unit.rows;
+    const float* values[kTokens];
+    for (int64_t base = std::max<int64_t>(0, first - window + 1) / kTokens * kTokens; base < end; base += kTokens) {
+      const int64_t count = std::min(kTokens, end - base);
+      const float* rows[kTokens];
+      for (int64_t t = 0; t < kTokens; ++t) {
+        rows[t] = Row(unit, base + std::min(t, count - 1));  // past the end the last token again: masked, but finite
+        values[t] = rows[t] + dim;
+      }
+      for (int64_t t = 0; t < count; t += kLanes) {
+        for (int64_t d = 0; d < dim; d += kLanes) Turn(rows + t, d, &s.keys[d * kTokens + t]);
+      }
+      for (int64_t i = 0; i < padded; i += kQueries) Scores(&s.query[i * dim], s.keys.data(), &s.scores[i * kTokens]);
+      for (int64_t i = 0; i < padded; ++i) {
+        const int64_t position = first + std::min(i, n - 1) / group;
+        const int64_t from = std::clamp<int64_t>(position - window + 1 - base, 0, kTokens);
+        const int64_t to = std::clamp<int64_t>(position + 1 - base, 0, kTokens);
+        Softmax(&s.scores[i * kTokens], from, to, s.top[i], s.total[i], &s.out[i * dim]);
+      }
+      for (int64_t i = 0; i < padded; i += kQueries) AddValues(&s.scores[i * kTokens], values, count, &s.out[i * dim]);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      float* to = out + (Query(unit, i) - q);
+      const float inverse = 1.0f / s.total[i];
+      for (int64_t d = 0; d < dim; ++d) to[d] = s.out[i * dim + d] * inverse;
+    }
+  }
+
+  // Query i of a unit: rows outside, heads of the group inside.
+  const float* Query(const Unit& unit, int64_t i) const {
+    const int64_t group = heads / kv_heads;
+    return q + ((unit.first_row + i / group) * heads + unit.kv_head * group + i % group) * head_dim;
+  }
+
+  // kQueries rows of scores: query . key for all tokens of the block.
+  void Scores(const float* query, const float* keys, float* scores) const {
+    Vec sum[kQueries][kTokenVecs] = {};
+    for (int64_t d = 0; d < head_dim; ++d) {
+      Vec key[kTokenVecs];
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < kTokenVecs; ++v) key[v] = Load(keys + d * kTokens + v * kLanes);
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kQueries; ++i) {
+        const Vec x = Splat(query[i * head_dim + d]);
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < kTokenVecs; ++v) sum[i][v] += x * key[v];
+      }
+    }
+    for (int64_t i = 0; i < kQueries; ++i) {
+      for (int64_t v = 0; v < kTokenVecs; ++v) Store(scores + i * kTokens + v * kLanes, sum[i][v]);
+    }
+  }
+
+  // Turns the scores of visible tokens [from, to) into weights, all others into zeros, and rescales what was summed before.
+  void Softmax(float* scores, int64_t from, int64_t to, float& top, float& total, float* out) const {
+    if (from >= to) {
+      std::fill(scores, scores + kTokens, 0.0f);
+      return;
+    }
+    std::fill(scores, scores + from, -std::numeric_limits<float>::infinity());
+    std::fill(scores + to, scores + kTokens, -std::numeric_limits<float>::infinity());
+    Vec high = Load(scores);
+    for (int64_t v = 1; v < kTokenVecs; ++v) high = Max(high, Load(scores + v * kLanes));
+    float higher = top;
+    for (int64_t lane = 0; lane < kLanes; ++lane) higher = std::max(higher, high[lane]);
+    Vec sum = {};
+    for (int64_t v = 0; v < kTokenVecs; ++v) {
+      const Vec weight = Exp(Load(scores + v * kLanes) - higher);
+      Store(scores + v * kLanes, weight);
+      sum += weight;
+    }
+    const float factor = Exp(Splat(top - higher))[0];
+    float fresh = 0.0f;
+    for (int64_t lane = 0; lane < kLanes; ++lane) fresh += sum[lane];
+    total = total * factor + fresh;
+    if (factor != 1.0f) {
+      for (int64_t d = 0; d < head_dim; d += kLanes) Store(out + d, Load(out + d) * factor);
+    }
+    top = higher;
+  }
+
+  // out[i] += sum over tokens of weight * value, for kQueries queries, four registers of the head at a time.
+  void AddValues(const float* weights, const float* const* values, int64_t count, float* out) const {
+    for (int64_t d = 0; d < head_dim; d += 4 * kLanes) {
+      const int64_t vecs = std::min<int64_t>(4, (head_dim - d) / kLanes);
+      vecs == 4 ? AddSlab<4>(weights, values, count, out + d, d)
+      : vecs == 3 ? AddSlab<3>(weights, values, count, out + d, d)
+      : vecs == 2 ? AddSlab<2>(weights, values, count, out + d, d)
+                  : AddSlab<1>(weights, values, count, out + d, d);
+    }
+  }
+
+  template <int kVecs>
+  void AddSlab(const float* weights, const float* const* values, int64_t count, float* out, int64_t d) const {
+    Vec sum[kQueries][kVecs];
+    for (int64_t i = 0; i < kQueries; ++i) {
+      for (int64_t v = 0; v < kVecs; ++v) sum[i][v] = Load(out + i * head_dim + v * kLanes);
+    }
+    for (int64_t t = 0; t < count; ++t) {
+      Vec value[kVecs];
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < kVecs; ++v) value[v] = Load(values[t] + d + v * kLanes);
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kQueries; ++i) {
+        const Vec weight = Splat(weights[i * kTokens + t]);
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < kVecs; ++v) sum[i][v] += weight * value[v];
+      }
+    }
+    for (int64_t i = 0; i < kQueries; ++i) {
+      for (int64_t v = 0; v < kVecs; ++v) Store(out + i * head_dim + v * kLanes, sum[i][v]);
+    }
+  }
+};
+
+using Heads = ffi::Buffer<ffi::F32, 3>;
+using Cache = ffi::Buffer<ffi::F32, 5>;
+using Tables = ffi::Buffer<ffi::S32, 2>;
+using Integers = ffi::Buffer<ffi::S32, 1>;
+using Integer = ffi::BufferR0<ffi::S32>;
+
+ffi::Error PagedAttention(ffi::ThreadPool pool, Heads q, Cache kv, Integer layer,
+                          Integer window, Tables tables, Integers kv_lens, Integers starts, float scale,
+                          ffi::Result<Heads> out) {
+  const auto qs = q.dimensions(), ks = kv.dimensions(), ts = tables.dimensions();
+  const int64_t sequences = ts[0], rows = qs[0], kv_heads = ks[3] / 2, group = qs[1] / std::max<int64_t>(kv_heads, 1);
+  if (qs[2] != ks[4] || qs[2] % kLanes || kv_heads == 0 || ks[3] % 2 || qs[1] % kv_heads ||
+      kv_lens.dimensions()[0] != sequences || starts.dimensions()[0] != sequences + 1) {
+    return ffi::Error::InvalidArgument("paged_attention: shapes of q, kv and the batch do not fit");
+  }
+  auto work = std::make_shared<Attention>();
+  const int64_t chosen = std::clamp<int64_t>(*layer.typed_data(), 0, ks[0] - 1);
+  work->q = q.typed_data();
+  work->kv = kv.typed_data() + chosen * ks[1] * ks[2] * ks[3] * ks[4];
+  work->tables = tables.typed_data();
+  work->kv_lens = kv_lens.typed_data();
+  work->starts = starts.typed_data();
+  work->out = out->typed_data();
+  work->heads = qs[1];
+  work->kv_heads = kv_heads;
+  work->head_dim = qs[2];
+  work->page_size = ks[2];
+  work->table_pages = ts[1];
+  work->window = *window.typed_data();
+  work->scale = scale;
+  const int64_t unit_rows = std::max<int64_t>(1, kUnitQueries / group);
+  int64_t tokens = 0;
+  for (int64_t s = 0; s < sequences; ++s) {
+    const int64_t begin = work->starts[s], end = work->starts[s + 1], length = work->kv_lens[s];
+    if (begin < 0 || end < begin || end > rows || length < end - begin || length > ts[1] * ks[2]) {
+      return ffi::Error::InvalidArgument("paged_attention: query_starts and kv_lens do not fit");
+    }
+    for (int64_t row = begin; row < end; row += unit_rows) {
+      const int64_t count = std::min(unit_rows, end - row);
+      for (int64_t head = 0; head < kv_heads; ++head) {
+        work->units.push_back({static_cast<int32_t>(s), static_cast<int32_t>(row), static_cast<int32_t>(count),
+                               static_cast<int32_t>(head)});
+      }
+      tokens += length;
+    }
+  }
+  const int64_t used = sequences ? work->starts[sequences] : 0;
+  std::memset(work->out + used * qs[1] * qs[2], 0, (rows - used) * qs[1] * qs[2] * sizeof(float));
+  // Less than this is not worth waking another thread.
+  const int64_t worth = tokens * qs[1] * qs[2] < (1 << 16) ? 1 : static_cast<int64_t>(work->units.size());
+  const int64_t helpers = std::min<int64_t>(pool.num_threads(), worth) - 1;
+  for (int64_t i = 0; i < helpers; ++i) {
+    pool.Schedule([work] { work->Work(); });  // one that starts too late finds nothing to claim and returns
+  }
+  work->Work();
+  work->WaitForAll();
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxstackPagedAttention, PagedAttention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Heads>()
+                                  .Arg<Cache>()
+                                  .Arg<Integer>()
+                                  .Arg<Integer>()
+                                  .Arg<Tables>()
+                                  .Arg<Integers>()
+                                  .Arg<Integers>()
+                                  .Attr<float>("scale")
+                                  .Ret<Heads>());
