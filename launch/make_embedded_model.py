@@ -26,6 +26,7 @@ from jaxstack.reasoning.countdown import held_out, solve
 from jaxstack.reasoning.datasets import write_dataset
 from jaxstack.reasoning.evaluation import Outcome, accuracy, answer_problems
 from jaxstack.reasoning.tokenizer import write_tokenizer
+from jaxstack.runtime.metrics import read_rows
 from jaxstack.serving import EngineModel
 from jaxstack.training import SftConfig, TrainResult, train_sft
 from launch import job
@@ -62,6 +63,7 @@ def measure(folder: Path, count: int) -> tuple[list[Outcome], list[Outcome]]:
 def figures(thinking: Sequence[Outcome], direct: Sequence[Outcome]) -> dict[str, Any]:
     """The measured accuracy as training.json and MODEL.md state it."""
     depths = sorted({_depth(outcome) for outcome in thinking})
+    example = next((o for o in thinking if o.correct and _depth(o) == 1), thinking[0])
     return {
         "problems": len(thinking),
         "shuffle_seed": _FINAL_SHUFFLE,
@@ -74,8 +76,18 @@ def figures(thinking: Sequence[Outcome], direct: Sequence[Outcome]) -> dict[str,
         "accuracy_no_thinking_by_first_hit": {
             str(d): accuracy([outcome for outcome in direct if _depth(outcome) == d]) for d in depths
         },
+        "example": {"prompt": example.problem.content, "answer": example.text},
         "mean_tokens": round(sum(outcome.tokens for outcome in thinking) / len(thinking), 1),
     }
+
+
+def training_seconds(stage: Path) -> float:
+    """Time in training steps, over every start of the stage; without loading, compiling and saving."""
+    seconds, done = 0.0, 0
+    for row in read_rows(stage / "metrics.jsonl"):
+        seconds += row["step_time_s"] * (row["step"] - done)
+        done = row["step"]
+    return seconds
 
 
 def _depth(outcome: Outcome) -> int:
@@ -100,7 +112,7 @@ def training_record(
                 "steps": result.steps,
                 "tokens_trained": result.tokens_trained,
                 "final_loss": result.final_loss,
-                "train_wall_s": result.summary["wall_s"],
+                "train_s": round(training_seconds(workdir / name), 1),
                 "batch_rows": config.batch_rows,
                 "seq_len": config.seq_len,
                 "seed": config.seed,
@@ -125,13 +137,15 @@ def training_record(
 def model_card(record: dict[str, Any]) -> str:
     """MODEL.md."""
     measured, stages = record["measured"], record["stages"]
+    example = measured["example"]
+    shown = "\n".join(f"    {line.strip()}" if line.strip() else "" for line in example["answer"].split("\n"))
     by_depth = "\n".join(
         f"| {depth} | {share:.3f} | {measured['accuracy_no_thinking_by_first_hit'][depth]:.3f} |"
         for depth, share in measured["accuracy_by_first_hit"].items()
     )
     rows = "\n".join(
         f"| {name} | {s['data']['name']}, {s['data']['size']} texts, seed {s['seed']} | {s['steps']} "
-        f"| {s['optimizer']['learning_rate']} | {s['tokens_trained']} | {s['train_wall_s']:.0f} s |"
+        f"| {s['optimizer']['learning_rate']} | {s['tokens_trained']} | {s['train_s']:.0f} s |"
         for name, s in stages.items()
     )
     return f"""# Countdown-3 reasoner
@@ -141,7 +155,7 @@ target from 10 to 99, each number used once with + - *. It exists so that everyt
 reasoning model (the server's demo, tests, studies) has one that is trained here, in minutes, and fits into the package.
 
 Architecture: Llama (`LlamaForCausalLM`), hidden 64, 3 layers, 4 heads of 16, SwiGLU 192, RMSNorm 1e-6, RoPE 10,000,
-tied embeddings, 131 words, float32. It opens in transformers, vLLM and this repository's server.
+tied embeddings, 131 words, float32: a plain Hugging Face folder, which transformers and this repository's server open.
 
 ## How to prompt it
 
@@ -149,23 +163,17 @@ tied embeddings, 131 words, float32. It opens in transformers, vLLM and this rep
 
 Send one user message of exactly this form; every word is separated by one space, and other words are unknown to it:
 
-    numbers 11 2 10 target 19
+    {example["prompt"]}
 
-It thinks, then answers:
+It thinks, then answers (one that it gets right):
 
-    try 11 + 2 = 13 & 10 : 23 3 big goal 19 no
-
-    Wait , try 11 - 2 = 9 & 10 : 19 1 90 goal 19 yes
-
-    check 9 + 10 = 19 ok
-
-    </think> answer ( 11 - 2 ) + 10
+{shown}
 
 A step tries one first operation and lists what + - * make of its result and the remaining number (`big` from 100 on).
 With `chat_template_kwargs={{"enable_thinking": false}}` the thought is closed at once and it answers directly, which is
-a guess: it is shipped for the contrast. Raw prompts: `<bos> numbers 11 2 10 target 19 <think>` (or `... <think>
-</think>`). Greedy decoding, 150 new tokens. `jaxstack.reasoning.grade` judges an answer. There is no system prompt and
-nothing to chat about.
+a guess: it is shipped for the contrast. Raw prompts: `<bos> {example["prompt"]} <think>` (or `... <think> </think>`).
+Greedy decoding, 150 new tokens. `jaxstack.reasoning.grade` judges an answer. There is no system prompt and nothing to
+chat about.
 
 ## How it was made
 
@@ -184,7 +192,7 @@ thought of a direct answer stands on the prompt's side and is not trained. Rows 
 two-core machine.
 
 Problems are split by multiset of numbers and target: 2,458 to train on, 600 held out (2,421 held-out prompts). None of
-the prompts measured below, nor any other order of their numbers, was looked at while the recipe was developed.
+the prompts measured below, nor any other order of their numbers, was used while the recipe was developed.
 
 ## Figures
 
