@@ -35,8 +35,8 @@ def paged_attention(
 
     Args:
       implementation: "ref" (dense, the oracle), "xla" (blocked, cost follows the real lengths) or "cpu" (compiled C++:
-        float32, head_dim a multiple of 16; a row's result does not depend on the rows beside it); None picks "cpu" where
-        it can, else "xla".
+        float32, head_dim a multiple of 16; a row's result does not depend on the rows beside it). None picks "cpu"
+        where it can, else "xla".
 
     Raises:
       ValueError: shapes that do not fit, or an unknown implementation.

@@ -24,7 +24,7 @@ def handles(q, kv) -> bool:
 def paged_attention(q, kv, layer, batch, *, scale, window):
     if not handles(q, kv):
         raise ValueError(
-            f"implementation='cpu': found {q.dtype} and head_dim {q.shape[-1]}, expected float32 and a multiple of {_LANES}"
+            f"implementation='cpu': found {q.dtype}, head_dim {q.shape[-1]}; expected float32, a multiple of {_LANES}"
         )
     if reason := why_not():
         raise RuntimeError(f"paged_attention: implementation='cpu' is not available: {reason}")
