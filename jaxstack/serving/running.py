@@ -213,7 +213,9 @@ def serve(
         try:
             server.run()
         finally:
-            engine.close()
+            # Closing would wait for the rest of a warm-up; its thread ends with the process.
+            if server.service.started:
+                engine.close()
     if server.failure is not None:
         raise server.failure
 

@@ -43,6 +43,7 @@ class Service:
 
     Attributes:
       failure: why the engine could not be started; None otherwise.
+      started: the engine is warm and its thread runs.
       draining: no new requests are taken.
       active: generating requests being answered.
     """
@@ -53,7 +54,7 @@ class Service:
         self.failure: BaseException | None = None
         self.draining = False
         self.active = 0
-        self._started = False
+        self.started = False
         self._created = int(time.time())
         self._pool = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="prompts")
         self._running: set[Generation] = set()
@@ -73,19 +74,19 @@ class Service:
     def _start(self) -> None:
         try:
             self.engine.start()
-            self._started = True
+            self.started = True
         except Exception as error:
             self.failure = error
             log.exception("the engine did not start")
 
     @property
     def ready(self) -> bool:
-        return self._started and self.engine.stats().alive and not self.draining
+        return self.started and self.engine.stats().alive and not self.draining
 
     @property
     def dead(self) -> bool:
         """Whether the engine will never answer again."""
-        return self.failure is not None or (self._started and not self.engine.stats().alive)
+        return self.failure is not None or (self.started and not self.engine.stats().alive)
 
     async def abort_all(self) -> None:
         """Ends everything that is being answered; clients get what there is."""
@@ -183,7 +184,7 @@ class Service:
             raise unavailable("the engine has stopped", "engine_dead", 10)
         if self.draining:
             raise unavailable("the server is shutting down", "shutting_down", 10)
-        if not self._started:
+        if not self.started:
             progress = round(stats.warm_progress, 4)
             message = f"the engine is warming up, {progress:.0%} done"
             raise unavailable(message, "warming_up", 1, progress=progress)
