@@ -1,7 +1,7 @@
 """jaxstack: one JAX stack for language-model systems research.
 
-Data becomes weights (`jaxstack.training`), weights become a served model (`jaxstack.engine`, `jaxstack.serving`), and a served
-model becomes applications (`jaxstack.reasoning`). Floors import only from below:
+Data becomes weights (`jaxstack.training`), weights become a served model (`jaxstack.engine`, `jaxstack.serving`), and a
+served model becomes applications (`jaxstack.reasoning`). Floors import only from below:
 
     launch > configs > reasoning > serving, training > engine > models > runtime > kernels
 """
