@@ -188,7 +188,7 @@ class Trainer:
         if self.counts.skipped_in_row >= config.max_skipped_in_row:
             raise UserError(
                 f"{self.counts.skipped_in_row} steps in a row up to step {self.step_number} had a gradient that is not "
-                "finite; the last good parameters are in the checkpoint; try a lower learning_rate or look at the data there"
+                "finite; the last good parameters are in the checkpoint; try a lower learning_rate, or look at the data"
             )
 
     # -------------------------------------------------------------------------------------------------- bookkeeping

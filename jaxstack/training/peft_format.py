@@ -201,16 +201,12 @@ _ONLY = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
     "modules_to_save": (None, []),
-    "use_dora": (False, None),
     "lora_bias": (False, None),
     "fan_in_fan_out": (False, None),
     "trainable_token_indices": (None, []),
     "target_parameters": (None, []),
     "layer_replication": (None, []),
-    "megatron_config": (None,),
-    "use_qalora": (False, None),
     "alora_invocation_tokens": (None, []),
-    "arrow_config": (None,),
 }
 
 
@@ -222,10 +218,15 @@ def _lora_config(settings: Mapping[str, Any], folder: Path) -> LoraConfig:
         if name in settings and settings[name] not in allowed:
             expected = json.dumps(allowed[0])
             raise UserError(f"{path}: {name} is {json.dumps(settings[name])}, expected {expected}")
+    for name, value in settings.items():
+        # PEFT's other variants of LoRA each bring a switch or a table of their own.
+        variant = name.startswith("use_") or (name.endswith("_config") and name != "eva_config")
+        if variant and name != "use_rslora" and value:
+            raise UserError(f"{path}: {name} is {json.dumps(value)[:60]}, a variant that is not supported")
     init = settings.get("init_lora_weights", True)
     if isinstance(init, str) and init.split("_")[0].lower() not in ("gaussian", "eva", "orthogonal"):
         raise UserError(
-            f"{path}: init_lora_weights is {init!r}, which changed the base weights too; expected true (PEFT converts it)"
+            f"{path}: init_lora_weights is {init!r}, which changed the base weights too; expected true"
         )
     targets = settings.get("target_modules")
     if isinstance(targets, str):

@@ -154,8 +154,8 @@ class _Run:
             )
         if self.tokenizer is not None and self.tokenizer.vocab_size > self.model_config.vocab_size:
             raise UserError(
-                f"the tokenizer in {self.tokenizer_folder} has ids up to {self.tokenizer.vocab_size - 1}, expected below "
-                f"the model's vocab_size={self.model_config.vocab_size}"
+                f"the tokenizer in {self.tokenizer_folder} has ids up to {self.tokenizer.vocab_size - 1}, expected "
+                f"below the model's vocab_size={self.model_config.vocab_size}"
             )
 
     def _dataset(self, paths: Sequence[str], examples: Sequence[Any] | None) -> TokenizedDataset:

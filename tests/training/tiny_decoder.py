@@ -22,6 +22,8 @@ CONFIG = DecoderConfig(
     qk_norm=True,
     eos_token_ids=(2,),
     initializer_range=0.2,
+    # One layer with a window shorter than most documents: positions that run on across documents would show.
+    layer_windows=(6, None),
 )
 
 
