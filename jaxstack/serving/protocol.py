@@ -158,8 +158,8 @@ class Request(pydantic.BaseModel):
         given = {
             "temperature": self.temperature,
             "top_p": self.top_p,
-            # vLLM's clients say -1 for "all".
-            "top_k": 0 if self.top_k == -1 else self.top_k,
+            # vLLM's clients say -1 for "all"; more than fits the engine's integers is more than any vocabulary.
+            "top_k": None if self.top_k is None else 0 if self.top_k == -1 else min(self.top_k, 2**31 - 1),
             # OpenAI allows any 64-bit integer.
             "seed": None if self.seed is None else self.seed % 2**63,
             "n": self.n,

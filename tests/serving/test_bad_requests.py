@@ -6,9 +6,14 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxstack.engine import Engine
+from jaxstack.runtime.errors import UserError
 from jaxstack.serving import BackgroundServer, ServerConfig
+from jaxstack.serving.errors import ApiError
+from jaxstack.serving.protocol import ChatRequest, CompletionRequest
 
 JSON = {"content-type": "application/json"}
 GOOD = {"prompt": "x", "max_tokens": 2}
@@ -143,6 +148,58 @@ def test_bad_completions(to: Http, body: Any, param: str | None, message: str) -
 def test_bad_chats(to: Http, body: Any, param: str, message: str) -> None:
     error = check_refused(to, to.post("/v1/chat/completions", body), 400, message)
     assert error["param"] == param
+
+
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"top_k": 2**31},
+        {"top_k": 10**30},
+        {"top_p": 1e-300},
+        {"temperature": 1e-4, "top_p": 1e-12},
+        {"temperature": 10_000},
+        {"seed": -(10**30)},
+        {"stop_token_ids": [-1, 2**40]},
+        {"stop": "y" * 50_000},
+        {"max_tokens": 10**30},
+        {"timeout_s": 1e300},
+    ],
+)
+def test_extreme_values_disturb_nobody(to: Http, extreme: dict[str, Any]) -> None:
+    answer = to.post("/v1/completions", {**GOOD, **extreme})
+    assert answer.status_code in (200, 400), answer.text
+    assert to.post("/v1/completions", GOOD).status_code == 200
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+FIELDS = st.sampled_from(
+    sorted({*CompletionRequest.model_fields, *ChatRequest.model_fields, "role", "content", "tools"})
+)
+LIKELY = st.fixed_dictionaries(
+    {"prompt": st.just("x"), "messages": st.lists(st.just(SAY[0]) | st.dictionaries(FIELDS, VALUES), min_size=1)}
+)
+
+
+@settings(max_examples=150)
+@given(LIKELY, st.dictionaries(FIELDS, VALUES, max_size=3))
+def test_no_body_gets_past_the_checks_or_breaks_them(likely: dict[str, Any], fields: dict[str, Any]) -> None:
+    body = json.dumps({**likely, **fields}).encode()
+    for reader in (CompletionRequest, ChatRequest):
+        try:
+            request = reader.read(body)
+            request.sampling(ServerConfig())
+        except (ApiError, UserError) as refusal:
+            assert "\n" not in str(refusal).replace("\\n", "")
+        else:
+            if isinstance(request, CompletionRequest):
+                assert request.prompts()
+            else:
+                assert all(isinstance(m["content"], str) and m["role"] != "developer" for m in request.messages)
+                request.template_variables()
 
 
 def test_what_asks_for_nothing_is_allowed(to: Http) -> None:
