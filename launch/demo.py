@@ -242,9 +242,8 @@ async def converse(
     printer = TracePrinter(sys.stderr)
     # No proxy from the environment between us and this machine.
     http = openai.DefaultAsyncHttpxClient(trust_env=False)
-    async with openai.AsyncOpenAI(
-        base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300, http_client=http
-    ) as client:
+    # The client's own retries stay on: a server may close an idle connection just as it is taken up again.
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=300, http_client=http) as client:
         model = (await client.models.list()).data[0].id
         for problem in shown:
             printer.begin(problem)
