@@ -38,7 +38,7 @@ _WORKDIR = flags.DEFINE_string("workdir", "work/demo", "where summary.json, demo
 
 _MAX_TOKENS = 150
 # A prompt has eight words. In pages of four, prompts with the same beginning share their computation.
-_SERVER_FLAGS = ("--page_size=4", "--max_sequences=64")
+_SERVER_FLAGS = ("--page_size=4", "--max_sequences=64", "--max_batch_tokens=256")
 _PERCENTILES = (50, 90, 99)
 
 
@@ -132,21 +132,24 @@ class TracePrinter:
         self._out = out
         self._colour = out.isatty()
         self._at_line_start = True
+        self._space = ""
 
     def begin(self, problem: Problem) -> None:
         self._out.write(self._paint("1", f"\n{' '.join(map(str, problem.numbers))} -> {problem.target}\n"))
-        self._at_line_start = True
+        self._at_line_start, self._space = True, ""
 
     def piece(self, text: str) -> None:
         for character in text:
-            if character in "\n " and self._at_line_start:
-                continue
             if character == "\n":
-                self._out.write("\n")
-                self._at_line_start = True
-                continue
-            self._out.write(("    " if self._at_line_start else "") + self._paint("2", character))
-            self._at_line_start = False
+                # The blank line between steps becomes one line end.
+                self._out.write("" if self._at_line_start else "\n")
+                self._at_line_start, self._space = True, ""
+            elif character == " ":
+                self._space = "" if self._at_line_start else " "
+            else:
+                indent = "    " if self._at_line_start else self._space
+                self._out.write(indent + self._paint("2", character))
+                self._at_line_start, self._space = False, ""
         self._out.flush()
 
     def end(self, answer: Answer) -> None:
@@ -235,15 +238,18 @@ def _depth(answer: Answer) -> int:
     return solution.depth if solution else -1
 
 
+def _client(url: str) -> openai.AsyncOpenAI:
+    # No proxy from the environment between us and this machine.
+    http = openai.DefaultAsyncHttpxClient(trust_env=False)
+    return openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=300, http_client=http)
+
+
 async def converse(
     url: str, problems: Sequence[Problem], shown: Sequence[Problem], concurrency: int
 ) -> tuple[list[Answer], list[Answer], float]:
     """The conversation with a warm server: a few problems to watch, then all, thinking and not."""
     printer = TracePrinter(sys.stderr)
-    # No proxy from the environment between us and this machine.
-    http = openai.DefaultAsyncHttpxClient(trust_env=False)
-    # The client's own retries stay on: a server may close an idle connection just as it is taken up again.
-    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=300, http_client=http) as client:
+    async with _client(url) as client:
         model = (await client.models.list()).data[0].id
         for problem in shown:
             printer.begin(problem)
@@ -251,6 +257,8 @@ async def converse(
         if shown:
             sys.stderr.write("\n")
         thinking, seconds = await ask_all(client, model, problems, thinking=True, concurrency=concurrency)
+    # A client of its own: the first one's idle connections are about to be closed by the server.
+    async with _client(url) as client:
         direct, _ = await ask_all(client, model, problems, thinking=False, concurrency=concurrency)
     return thinking, direct, seconds
 
@@ -288,9 +296,11 @@ def run() -> dict[str, Any]:
         before = metrics(url)
         try:
             thinking, direct, seconds = asyncio.run(converse(url, problems, shown, _CONCURRENCY.value))
-        except* openai.OpenAIError as group:
-            error = group.exceptions[0]
-            raise UserError(f"a request failed: {error} (server log: {workdir / 'server.log'})") from group
+        except (openai.OpenAIError, ExceptionGroup) as error:
+            first = error.exceptions[0] if isinstance(error, ExceptionGroup) else error
+            if not isinstance(first, openai.OpenAIError):
+                raise
+            raise UserError(f"a request failed: {first} (server log: {workdir / 'server.log'})") from error
         after = metrics(url)
     summary = summarise(thinking, direct, seconds=seconds, before=before, after=after)
     summary |= {
