@@ -92,7 +92,7 @@ def load_decoder(folder: str | Path, *, param_dtype: jnp.dtype | None = jnp.floa
             stack = np.empty(shapes[path].shape, dtype)
             for tensor in tensors:
                 target = stack if tensor.layer is None else stack[tensor.layer]
-                target[...] = _finite(stored[tensor.name], dtype, transposed=tensor.transposed)
+                _fill(target, _finite(stored[tensor.name], dtype), transposed=tensor.transposed)
                 bar.update(target.nbytes)
             # A copy, not an alias of numpy's memory: training donates its parameters.
             arrays[path] = jnp.array(stack)
@@ -168,13 +168,21 @@ def _matched(
     return stored
 
 
-def _finite(tensor: StoredTensor, dtype: np.dtype, *, transposed: bool) -> np.ndarray:
+def _finite(tensor: StoredTensor, dtype: np.dtype) -> np.ndarray:
     data = tensor.read()
     with np.errstate(over="ignore"):
         data = data.astype(dtype, copy=False)
     if not np.isfinite(data).all():
         raise UserError(f"{tensor.file}: {tensor.name}: holds NaN or infinite values as {dtype.name}")
-    return data.T if transposed else data
+    return data
+
+
+def _fill(target: np.ndarray, data: np.ndarray, *, transposed: bool) -> None:
+    if not transposed:
+        target[...] = data
+        return
+    for start in range(0, len(data), 64):  # as many rows as the cache holds: a third of the time of one assignment
+        target[:, start : start + 64] = data[start : start + 64].T
 
 
 def _require_memory(folder: Path, *, device_bytes: int, host_bytes: int) -> None:
@@ -218,7 +226,7 @@ def save_decoder(
       UserError: the decoder carries adapters or is fused, its config has no Hugging Face form, or the folder cannot be
         written.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     tensors = _tensors_to_write(decoder, dtype)
     stored_name = next(t.dtype for t in tensors)
     config = config_to_hf(decoder.config, dtype=DTYPES[stored_name].name)

@@ -79,7 +79,7 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; expected a Hugging Face model folder with it") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({type(error).__name__}: {error})") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: found a JSON {type(data).__name__}, expected an object")

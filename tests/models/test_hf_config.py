@@ -255,6 +255,7 @@ def test_bad_values_get_one_line_with_file_and_field(keys, message):
         ("[1]", "found a JSON list, expected an object"),
         ("\ufeff{}", "not readable as JSON"),
         ("[" * 100_000, "not readable as JSON"),
+        ('{"vocab_size": ' + "9" * 5000 + "}", "not readable as JSON"),
     ],
 )
 def test_files_that_are_no_json_object(tmp_path, text, message):
