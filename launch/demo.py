@@ -217,9 +217,9 @@ def plot(thinking: Sequence[Answer], direct: Sequence[Answer], file: Path) -> No
         left.bar(np.array(depths) + 0.4 * offset - 0.2, shares, 0.4, label=label)
     counts = [sum(_depth(a) == depth for a in thinking) for depth in depths]
     left.set_xticks(depths, [f"{depth}\nn={count}" for depth, count in zip(depths, counts)])
-    left.set(xlabel="candidates to reject before the first hit", ylabel="accuracy", ylim=(0, 1.05))
+    left.set(xlabel="candidates to reject before the first hit", ylabel="accuracy", ylim=(0, 1.2))
     left.set_title(f"{len(thinking)} held-out problems, greedy")
-    left.legend()
+    left.legend(loc="upper right", ncols=2)
     for label, values in (
         ("time to first token", [a.first_token_s for a in thinking]),
         ("time per output token", [a.per_token_s for a in thinking if a.per_token_s]),

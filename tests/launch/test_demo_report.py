@@ -35,7 +35,7 @@ def test_a_trace_is_printed_one_step_a_line_however_it_is_cut(size):
     for start in range(0, len(TRACE), size):
         printer.piece(TRACE[start : start + size])
     printer.end(answer(PROBLEM))
-    assert [line.rstrip() for line in out.getvalue().splitlines()] == [
+    assert out.getvalue().splitlines() == [
         "",
         f"{' '.join(map(str, PROBLEM.numbers))} -> {PROBLEM.target}",
         "    try 2 + 9 = 11 & 11 : 22 0 big goal 29 no",

@@ -10,6 +10,7 @@ import time
 import psutil
 import pytest
 
+from jaxstack.models.embedded import embedded_model
 from jaxstack.runtime.errors import UserError
 from launch import server_process
 
@@ -31,9 +32,8 @@ def test_the_child_ends_with_its_parent(tmp_path, number):
     """The parent is told to stop while the server is still starting."""
     program = f"""
         from pathlib import Path
-        from jaxstack.models.embedded import embedded_model
         from launch.server_process import server_process
-        with server_process(embedded_model(), Path({str(tmp_path / "server.log")!r})):
+        with server_process({str(embedded_model())!r}, Path({str(tmp_path / "server.log")!r})):
             pass
     """
     parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stderr=subprocess.DEVNULL)

@@ -80,7 +80,7 @@ def greedy_texts(problems, *, thinking, length=160):
 
 
 def test_it_solves_held_out_problems():
-    problems = held_out(24)
+    problems = held_out(16)
     thinking = [grade(p, text).correct for p, text in zip(problems, greedy_texts(problems, thinking=True))]
     assert np.mean(thinking) >= 0.6
     direct = [grade(p, text).correct for p, text in zip(problems, greedy_texts(problems, thinking=False, length=24))]
