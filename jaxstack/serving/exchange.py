@@ -21,11 +21,12 @@ _Result = TypeVar("_Result")
 _LINGER_S, _LINGER_BYTES = 2.0, 64 * 2**20
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
+
 def encode_json(content: Any) -> bytes:
     """UTF-8 JSON. Half a surrogate pair, which may come from a client's own text, is written as its escape."""
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode(
-        "utf-8", "backslashreplace"
-    )
+    return _encode(content).encode("utf-8", "backslashreplace")
 
 
 class Exchange:

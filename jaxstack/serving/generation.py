@@ -31,14 +31,6 @@ class Piece:
         self.logprobs.extend(delta.logprobs)
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
 
-    def extend(self, later: "Piece") -> None:
-        """Appends the next piece of the same choice."""
-        self.text += later.text
-        self.token_ids.extend(later.token_ids)
-        self.logprobs.extend(later.logprobs)
-        self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
-        self.timed_out = later.timed_out
-
 
 @dataclasses.dataclass
 class Usage:
@@ -62,6 +54,7 @@ class Generation:
 
     Args:
       prompts: token ids, one request to the engine each.
+      whole: hand out nothing before everything has come.
       timeout_s: ends all choices with finish_reason "length" after so long.
     """
 
@@ -71,8 +64,10 @@ class Generation:
         prompts: Sequence[Sequence[int]],
         sampling: SamplingParams,
         *,
+        whole: bool = False,
         timeout_s: float | None = None,
     ):
+        self._whole = whole
         self._engine, self._prompts, self._sampling = engine, prompts, sampling
         self._timeout_s = timeout_s
         self._open = set(range(len(prompts) * sampling.n))
@@ -168,4 +163,5 @@ class Generation:
             self._error = self._error or ApiError(500, "the engine failed on this request", code="engine_error")
         if delta.finish_reason is not None:
             self._open.discard(choice)
-        self._something.set()
+        if not self._whole or not self._open or self._error is not None:
+            self._something.set()

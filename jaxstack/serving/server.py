@@ -28,7 +28,7 @@ from jaxstack.serving.answers import Answer, ChatAnswer, CompletionAnswer
 from jaxstack.serving.config import ServerConfig
 from jaxstack.serving.errors import ApiError, ClientGone, as_api_error, unavailable
 from jaxstack.serving.exchange import Exchange
-from jaxstack.serving.generation import Generation, Piece
+from jaxstack.serving.generation import Generation
 from jaxstack.serving.metrics import Metrics
 from jaxstack.serving.prompts import Job, chat_job, check_model, completion_job, detokenize, tokenize
 
@@ -138,24 +138,18 @@ class Service:
     async def _answer(self, exchange: Exchange, body: bytes, prepare: _Prepare, answer: type[Answer]) -> None:
         job: Job = await self._prepare(prepare, body)
         reply = answer(job, self.engine.tokenizer, self.config.model_name)
-        async with Generation(self.engine, job.prompts, job.sampling, timeout_s=job.timeout_s) as generation:
+        stream = bool(job.request.stream)
+        async with Generation(
+            self.engine, job.prompts, job.sampling, whole=not stream, timeout_s=job.timeout_s
+        ) as generation:
             self._running.add(generation)
             try:
-                if job.request.stream:
+                if stream:
                     await self._stream(exchange, reply, generation)
                 else:
-                    await self._whole(exchange, reply, generation)
+                    await exchange.answer(reply.whole(await generation.take(), generation.usage))
             finally:
                 self._running.discard(generation)
-
-    async def _whole(self, exchange: Exchange, reply: Answer, generation: Generation) -> None:
-        choices: dict[int, Piece] = {}
-        while not generation.finished:
-            for piece in await generation.take():
-                whole = choices.setdefault(piece.choice, piece)
-                if whole is not piece:
-                    whole.extend(piece)
-        await exchange.answer(reply.whole(choices.values(), generation.usage))
 
     async def _stream(self, exchange: Exchange, reply: Answer, generation: Generation) -> None:
         # The response begins with the first piece, so that what fails before has its own HTTP status.
