@@ -100,6 +100,10 @@ void Tile(const float* a, const float* b, int64_t depth, float* c, int64_t c_str
       for (int v = 0; v < kVecs; ++v) sum[r][v] = Fma(x, w[v], sum[r][v]);
     }
   };
+  // The tile's result is needed only at the end, all of it at once, and may be cold: ask for it now.
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVecs; ++v) __builtin_prefetch(c + r * c_stride + v * kLanes, 1, 3);
+  }
   int64_t k = 0;
   const char* soon = ahead.next;
   for (; k + kUnroll <= depth; k += kUnroll) {
