@@ -132,7 +132,7 @@ def trials(
 ) -> list[tuple[PeerMode, Run]]:
     """Every mode once with waiting threads asleep; on a quiet machine the best of each kind with spinning ones, too."""
     tried = contest.trials(modes, variant=0)
-    winners = list(fastest(tried).values())
+    winners = list(fastest(tried, quiet=quiet).values())
     if quiet:
         return tried + contest.trials([dataclasses.replace(mode, wait_policy="ACTIVE") for mode in winners], variant=0)
     progress.done("OMP_WAIT_POLICY=ACTIVE not tried: it needs a machine without other work", len(winners))
@@ -191,8 +191,9 @@ def run() -> dict[str, Any]:
         stack.enter_context(contextlib.closing(contest))
         for i, name in enumerate(contest.ours):
             contest.run_ours(name, i)
-        tried = trials(contest, modes, quiet=foreign_before <= FOREIGN_LIMIT, progress=progress)
-        best = fastest(tried)
+        quiet = foreign_before <= FOREIGN_LIMIT
+        tried = trials(contest, modes, quiet=quiet, progress=progress)
+        best = fastest(tried, quiet=quiet)
         if not best:
             raise UserError(f"transformers: found no mode that works, see {workdir}/peer-passive.log")
         contest.keep({mode.wait_policy for mode in best.values()})

@@ -16,7 +16,7 @@ import psutil
 from jaxstack.runtime.errors import UserError
 
 DEFAULT_INTERPRETER = ".venv-peers/bin/python"
-_EXIT_S = 10.0
+_EXIT_S = 3.0
 
 
 def find_interpreter(path: str | Path = DEFAULT_INTERPRETER) -> Path:

@@ -112,17 +112,15 @@ class Ours:
     def in_process(self, requests: Requests) -> Measured:
         """`Engine.generate`."""
         sampling = [SamplingParams(max_tokens=n, temperature=0.0, ignore_eos=True) for n in requests.max_tokens]
-
-        def answer() -> list[list[int]]:
-            return [output.completions[0].token_ids for output in self.engine.generate(requests.prompts, sampling)]
-
-        return self._measured(answer)
+        finish = self._start_clock()
+        outputs = self.engine.generate(requests.prompts, sampling)
+        return finish([output.completions[0].token_ids for output in outputs])
 
     def over_http(self, requests: Requests) -> Measured:
-        """The same through our server: the openai client, all requests at once, whole answers."""
-        return self._measured(lambda: asyncio.run(self._post_all(requests)))
+        """The same through our server: an openai client that is there already, all requests at once, whole answers."""
+        return asyncio.run(self._post_all(requests))
 
-    async def _post_all(self, requests: Requests) -> list[list[int]]:
+    async def _post_all(self, requests: Requests) -> Measured:
         async with openai.AsyncOpenAI(
             base_url=self._server.base_url, api_key="none", max_retries=0, timeout=None
         ) as client:
@@ -138,19 +136,24 @@ class Ours:
                 # A field beside OpenAI's, as vLLM has it.
                 return list(getattr(completion.choices[0], "token_ids", None) or ())
 
-            return await asyncio.gather(*map(answer, requests.prompts, requests.max_tokens))
+            finish = self._start_clock()
+            return finish(await asyncio.gather(*map(answer, requests.prompts, requests.max_tokens)))
 
     def close(self) -> None:
         self._server.__exit__(None, None, None)
         self.engine.close()
 
-    def _measured(self, answer: Callable[[], list[list[int]]]) -> Measured:
+    def _start_clock(self) -> Callable[[list[list[int]]], Measured]:
+        """Begins a measurement; what is returned ends it, given the answers."""
         self._timings.clear()
         self._steps.clear()
-        wall, cpu = time.perf_counter(), time.process_time()
-        tokens = answer()
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        return Measured(wall, cpu, tokens, tuple(self._timings), tuple(self._steps))
+        began_wall, began_cpu = time.perf_counter(), time.process_time()
+
+        def finish(tokens: list[list[int]]) -> Measured:
+            wall, cpu = time.perf_counter() - began_wall, time.process_time() - began_cpu
+            return Measured(wall, cpu, tokens, tuple(self._timings), tuple(self._steps))
+
+        return finish
 
     def _record_steps(self) -> None:
         runner = self.engine.runner
