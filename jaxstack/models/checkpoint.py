@@ -96,7 +96,7 @@ def load_decoder(folder: str | Path, *, param_dtype: jnp.dtype | None = jnp.floa
                 bar.update(target.nbytes)
             # A copy, not an alias of numpy's memory: training donates its parameters.
             arrays[path] = jnp.array(stack)
-    nnx.update(decoder, nnx.from_flat_state(arrays))
+    nnx.update(decoder, nnx.from_flat_state(list(arrays.items())))
     return decoder
 
 
