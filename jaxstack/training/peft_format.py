@@ -225,9 +225,7 @@ def _lora_config(settings: Mapping[str, Any], folder: Path) -> LoraConfig:
             raise UserError(f"{path}: {name} is {json.dumps(value)[:60]}, a variant that is not supported")
     init = settings.get("init_lora_weights", True)
     if isinstance(init, str) and init.split("_")[0].lower() not in ("gaussian", "eva", "orthogonal"):
-        raise UserError(
-            f"{path}: init_lora_weights is {init!r}, which changed the base weights too; expected true"
-        )
+        raise UserError(f"{path}: init_lora_weights is {init!r}, which changed the base weights too; expected true")
     targets = settings.get("target_modules")
     if isinstance(targets, str):
         targets = [targets]

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxstack.models import Decoder, DecoderConfig, LoraParam
 from jaxstack.models.checkpoint import load_decoder, save_decoder
 from jaxstack.models.hf_config import config_from_folder
-from jaxstack.models.tokenizer import load_tokenizer
+from jaxstack.models.tokenizer import Tokenizer, load_tokenizer
 from jaxstack.runtime.checkpoint import Checkpointer
 from jaxstack.runtime.errors import UserError
 from jaxstack.runtime.metrics import MetricWriter, plot_curves, read_rows, write_summary
@@ -123,7 +123,7 @@ class _Run:
         self.started = time.perf_counter()
         self.model_config = config.model if isinstance(config.model, DecoderConfig) else _config_of_folder(config.model)
         self.tokenizer_folder = config.tokenizer or (config.model if isinstance(config.model, str) else None)
-        self.tokenizer = load_tokenizer(self.tokenizer_folder) if self.tokenizer_folder else None
+        self.tokenizer = self._tokenizer()
         self._check_sizes()
         self.train_data = self._dataset(config.data.paths, examples)
         self.eval_data = self._dataset(config.data.eval_paths, None) if config.data.eval_paths else None
@@ -145,6 +145,15 @@ class _Run:
             print(line, file=sys.stderr, flush=True)
 
     # ------------------------------------------------------------------------------------------------------- inputs
+
+    def _tokenizer(self) -> Tokenizer | None:
+        if self.tokenizer_folder is None:
+            return None
+        tokenizer = load_tokenizer(self.tokenizer_folder)
+        fits = tokenizer.vocab_size <= self.model_config.vocab_size
+        if not fits and self.config.tokenizer is None and not (Path(self.tokenizer_folder) / "tokenizer.json").exists():
+            return None  # a model folder without a tokenizer: the byte fallback is not its vocabulary
+        return tokenizer
 
     def _check_sizes(self) -> None:
         window = self.model_config.max_position_embeddings
