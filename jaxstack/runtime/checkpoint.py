@@ -21,6 +21,11 @@ from jaxstack.runtime.errors import UserError
 _log = logging.getLogger(__name__)
 
 
+def _not_orbax_chatter(record: logging.LogRecord) -> bool:
+    """Orbax tells a dozen things a save through absl's logger, on the terminal of whoever runs a job. Warnings pass."""
+    return record.levelno >= logging.WARNING or "orbax" not in record.pathname
+
+
 class SaveFailed(RuntimeError):
     """A checkpoint could not be written (disk full, folder read-only). The state in memory is untouched."""
 
@@ -70,6 +75,7 @@ class Checkpointer:
         from orbax.checkpoint import checkpoint_managers as policies
 
         self._ocp = ocp
+        logging.getLogger("absl").addFilter(_not_orbax_chatter)  # adding it twice is adding it once
         self.folder = Path(folder).absolute()
         keep = keep or Keep()
         try:

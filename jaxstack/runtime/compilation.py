@@ -17,8 +17,7 @@ _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 class _Total:
-    """The process-wide sum. JAX has no public way to take a listener back, so there is exactly one, never one per
-    counter."""
+    """The process-wide sum; JAX has no public way to take a listener back, so there is one, not one per counter."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -32,11 +31,11 @@ class _Total:
                 monitoring.register_event_duration_secs_listener(self._on_event)
                 self._listening = True
 
-    def _on_event(self, event: str, duration: float, **_: object) -> None:
+    def _on_event(self, event: str, duration_secs: float, **_: object) -> None:
         if event == _COMPILE_EVENT:
             with self._lock:
                 self.count += 1
-                self.seconds += duration
+                self.seconds += duration_secs
 
 
 _total = _Total()
@@ -70,8 +69,7 @@ class CompileCounter:
 
 
 def use_compilation_cache(folder: str | Path) -> None:
-    """Keeps compiled programs of this process in `folder`, so that the next process with the same programs starts in a
-    second.
+    """Keeps compiled programs of this process in `folder`: the next process with the same programs starts in a second.
 
     Programs of every size and compile time are kept. Call before the first compilation: JAX opens its cache once.
     """

@@ -340,9 +340,9 @@ def load_dataset(
     dataset = build()
     cache_folder.mkdir(parents=True, exist_ok=True)
     temporary = file_path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
+    with open(temporary, "wb") as out:
         np.savez(
-            file,
+            out,
             token_ids=dataset.token_ids,
             loss_mask=dataset.loss_mask,
             offsets=dataset.offsets,

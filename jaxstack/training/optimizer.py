@@ -91,8 +91,8 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
     warmup = config.warmup_steps or round(config.warmup_ratio * total_steps)
     decay = max(1, round(config.decay_ratio * total_steps)) if config.schedule == "wsd" else total_steps - warmup
     if warmup + (decay if config.schedule == "wsd" else 0) > total_steps:
-        down = f" and {decay} decay steps" if config.schedule == "wsd" else ""
-        raise UserError(f"optimizer: {warmup} warm-up steps{down} do not fit into {total_steps} steps")
+        also = f" and {decay} decay steps" if config.schedule == "wsd" else ""
+        raise UserError(f"optimizer: {warmup} warm-up steps{also} do not fit into {total_steps} steps")
     peak, end = config.learning_rate, config.learning_rate * config.end_lr_ratio
     # The last update is number total_steps - 1; it has the end value.
     down = max(1, decay - 1)

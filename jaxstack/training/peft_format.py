@@ -197,7 +197,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
 
 
 # Settings that change what the adapter computes, and the values that leave it a plain LoRA.
-_ONLY = {
+_ONLY: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
     "modules_to_save": (None, []),

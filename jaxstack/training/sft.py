@@ -257,9 +257,9 @@ class _Run:
         if not restored:
             writer.write_text("config", json.dumps(self.job["config"], indent=2))
         began = time.perf_counter()
-        step = make_train_step(split, self.loss, optimizer, accum_steps=config.accum_steps)
+        jitted = make_train_step(split, self.loss, optimizer, accum_steps=config.accum_steps)
         first = jax.device_put(batches.batch(Place()), jax.devices()[0])
-        step = step.lower(state, frozen, first).compile()
+        step = jitted.lower(state, frozen, first).compile()
         evaluate = self._evaluation(split, state.params, frozen)
         compile_s = time.perf_counter() - began
         self.say(f"compiled in {compile_s:.1f} s")

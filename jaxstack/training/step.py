@@ -164,7 +164,7 @@ def loss_gradients(
 
 def make_train_step(
     model: SplitModel, loss: ModelLoss, optimizer: Optimizer, *, accum_steps: int = 1
-) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
+) -> jax.stages.Wrapped:
     """The jitted step `(state, frozen, batch) -> (state, metrics)`. `state` is donated: its arrays are gone afterwards.
 
     Metrics are device scalars: loss_num and loss_den (0 in a skipped step), aux (name -> (num, den)), tokens (not
@@ -209,7 +209,7 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def make_eval_step(model: SplitModel, loss: ModelLoss) -> Callable[[Params, Params, Batch], LossParts]:
+def make_eval_step(model: SplitModel, loss: ModelLoss) -> jax.stages.Wrapped:
     """The jitted `(params, frozen, batch) -> LossParts` without gradients."""
     return jax.jit(lambda params, frozen, batch: loss(model.merge(params, frozen), batch))
 

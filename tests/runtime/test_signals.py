@@ -32,7 +32,7 @@ def test_the_first_signal_sets_the_flag_and_the_old_handlers_come_back(number):
 
 
 def test_the_second_signal_ends_a_process_that_does_not_listen():
-    """In one long call without the interpreter's lock, as a compilation is: Python's own handlers would run after it."""
+    """In one long call without the interpreter's lock, such as a compilation: Python's handlers would run after it."""
     code = (
         "import time\nfrom jaxstack.runtime.signals import StopFlag\n"
         "with StopFlag() as stop:\n    print('ready', flush=True)\n"
