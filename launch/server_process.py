@@ -98,7 +98,7 @@ def _wait_until_ready(child: subprocess.Popen, url: str, log_file: Path, timeout
 
 def _stop(child: subprocess.Popen) -> None:
     if child.poll() is None:
-        child.send_signal(signal.SIGINT)
+        child.terminate()
         try:
             child.wait(_STOP_S)
         except subprocess.TimeoutExpired:

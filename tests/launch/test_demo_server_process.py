@@ -31,8 +31,10 @@ def test_a_server_that_does_not_start_names_its_last_words(tmp_path):
 def test_the_child_ends_with_its_parent(tmp_path, number):
     """The parent is told to stop while the server is still starting."""
     program = f"""
+        import signal
         from pathlib import Path
         from launch.server_process import server_process
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
         with server_process({str(embedded_model())!r}, Path({str(tmp_path / "server.log")!r})):
             pass
     """
