@@ -1,8 +1,7 @@
 """Supervised fine-tuning: a model and examples in, a Hugging Face folder out.
 
     python -m launch.sft --config=configs/sft_countdown.py --workdir=work/countdown
-    python -m launch.sft --config=my_config.py --config.max_steps=200 --config.optimizer.learning_rate=1e-4
-    --workdir=work/x
+    python -m launch.sft --config=my_config.py --config.max_steps=200 --workdir=work/mine
 
 The workdir gets model/ (and adapter/ for LoRA), checkpoints/, metrics.jsonl, tensorboard/, loss.png and summary.json.
 Started again in the same workdir it goes on where it was, whatever ended it; Ctrl-C and SIGTERM save first.
@@ -12,7 +11,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from absl import flags
+from absl import flags, logging
 
 from jaxstack.reasoning.datasets import write_dataset
 from jaxstack.runtime.compilation import use_compilation_cache
@@ -37,6 +36,7 @@ def with_data(config: SftConfig, workdir: Path) -> SftConfig:
 
 
 def run() -> dict[str, Any]:
+    logging.set_verbosity(logging.WARNING)
     config, workdir = _CONFIG.get(), Path(_WORKDIR.value)
     if _SEED.value is not None:
         config = dataclasses.replace(config, seed=_SEED.value)
