@@ -9,7 +9,7 @@ from jaxstack.engine import Engine, EngineConfig
 from jaxstack.models.embedded import embedded_model
 from jaxstack.reasoning.countdown import held_out
 from jaxstack.serving import BackgroundServer
-from launch import demo
+from launch import conversation
 from launch.server_process import metrics
 
 
@@ -24,8 +24,8 @@ def url():
 def test_conversation(url, capsys):
     problems = held_out(17)
     before = metrics(url)
-    thinking, direct, seconds = asyncio.run(demo.converse(url, problems[:16], problems[16:], concurrency=8))
-    summary = demo.summarise(thinking, direct, seconds=seconds, before=before, after=metrics(url))
+    thinking, direct, seconds = asyncio.run(conversation.converse(url, problems[:16], problems[16:], concurrency=8))
+    summary = conversation.summarise(thinking, direct, seconds=seconds, before=before, after=metrics(url))
     assert [answer.problem for answer in thinking] == list(problems[:16])
     assert summary["accuracy"] >= 0.6
     assert summary["accuracy"] > summary["accuracy_no_thinking"]

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from jaxstack.reasoning.countdown import held_out
-from launch import demo
+from launch import conversation
 
 
 class Terminal(io.StringIO):
@@ -17,7 +17,7 @@ class Terminal(io.StringIO):
 
 def answer(problem, *, thinking=True, correct=True, first=0.25, last=1.25, tokens=11):
     reason = "correct" if correct else "no answer"
-    return demo.Answer(problem, thinking, "answer 1", correct, reason, first, last, tokens)
+    return conversation.Answer(problem, thinking, "answer 1", correct, reason, first, last, tokens)
 
 
 PROBLEM, *OTHERS = held_out(8)
@@ -30,7 +30,7 @@ TRACE = (
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_a_trace_is_printed_one_step_a_line_however_it_is_cut(size):
     out = io.StringIO()
-    printer = demo.TracePrinter(out)
+    printer = conversation.TracePrinter(out)
     printer.begin(PROBLEM)
     for start in range(0, len(TRACE), size):
         printer.piece(TRACE[start : start + size])
@@ -47,7 +47,7 @@ def test_a_trace_is_printed_one_step_a_line_however_it_is_cut(size):
 
 def test_colour_is_for_terminals_only():
     for out, coloured in ((io.StringIO(), False), (Terminal(), True)):
-        printer = demo.TracePrinter(out)
+        printer = conversation.TracePrinter(out)
         printer.begin(PROBLEM)
         printer.piece("try")
         printer.end(answer(PROBLEM, correct=False))
@@ -64,7 +64,7 @@ def test_summary():
         "vllm:prefix_cache_hits_total": 50.0,
         "jaxstack:compilations_total": 1.0,
     }
-    summary = demo.summarise(thinking, direct, seconds=4.0, before=before, after=after)
+    summary = conversation.summarise(thinking, direct, seconds=4.0, before=before, after=after)
     assert summary["accuracy"] == summary["accuracy_no_thinking"] == 0.5
     assert summary["problems"] == 2
     assert summary["recompilations"] == 1
@@ -74,24 +74,24 @@ def test_summary():
     assert summary["prefix_hit_rate"] == 0.25
     assert summary["mean_tokens"] == 16.0
     assert json.loads(json.dumps(summary)) == summary
-    text = demo.report(summary | {"workdir": "work/demo"})
+    text = conversation.report(summary | {"workdir": "work/demo"})
     assert "0.500 of 2 held-out problems" in text
     assert "500.0 / 700.0 / 745.0 ms" in text
 
 
 def test_an_answer_without_tokens_breaks_no_figure():
     silent = answer(PROBLEM, correct=False, first=math.nan, last=math.nan, tokens=0)
-    summary = demo.summarise([silent], [silent], seconds=1.0, before={}, after={})
+    summary = conversation.summarise([silent], [silent], seconds=1.0, before={}, after={})
     assert summary["ttft_p50_s"] is None
     assert summary["tpot_p50_s"] is None
     assert summary["prefix_hit_rate"] == 0.0
     assert "NaN" not in json.dumps(summary)
-    assert "- / - / - ms" in demo.report(summary | {"workdir": "w"})
+    assert "- / - / - ms" in conversation.report(summary | {"workdir": "w"})
 
 
 def test_plot(tmp_path):
     thinking = [answer(problem) for problem in (PROBLEM, *OTHERS)]
     direct = [answer(problem, thinking=False, correct=False) for problem in (PROBLEM, *OTHERS)]
-    demo.plot(thinking, direct, tmp_path / "demo.png")
+    conversation.plot(thinking, direct, tmp_path / "demo.png")
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
-    demo.plot(thinking[:1], direct[:1], tmp_path / "one.png")
+    conversation.plot(thinking[:1], direct[:1], tmp_path / "one.png")
