@@ -1,14 +1,13 @@
 """Kernels in C++ that ship as source: compiled on first use, known to XLA under a name."""
 
 import ctypes
-import functools
 import logging
 import threading
 from pathlib import Path
 
 import jax
 
-from kernels.matmul import build
+from kernels import build
 
 _lock = threading.Lock()
 
@@ -24,14 +23,16 @@ class NativeKernel:
 
     def __init__(self, source: Path, *, symbol: str, target: str):
         self.source, self.symbol, self.target = source, symbol, target
-        self._register = functools.cache(self._try_to_register)
+        self._why_not: str | None = None
 
     def why_not(self) -> str:
         """Why the kernel cannot be used in this process, in one line; empty if it can. Builds it on the first call."""
         with _lock:
-            return self._register()
+            if self._why_not is None:
+                self._why_not = self._register()
+            return self._why_not
 
-    def _try_to_register(self) -> str:
+    def _register(self) -> str:
         try:
             library = build.shared_library(self.source)
             handler = load(library, self.symbol)

@@ -319,15 +319,15 @@ class Engine:
     def warm_up(self, progress: bool = True) -> None:
         """Compiles every step. Takes seconds to minutes, once."""
         with self._driving:
-            self.runner.warm_up(progress)
+            self.runner.warm_up(progress, lambda: self._stopping)
 
     def start(self, progress: bool = True) -> None:
         """Warms up and gives the steps a thread of their own."""
-        if self._thread is not None:
-            return
-        self.warm_up(progress)
-        self._thread = threading.Thread(target=self._run, name="engine-steps", daemon=True)
-        self._thread.start()
+        with self._driving:
+            self.warm_up(progress)
+            if self._thread is None and not self._stopping:
+                self._thread = threading.Thread(target=self._run, name="engine-steps", daemon=True)
+                self._thread.start()
 
     def close(self, drain_timeout_s: float = 0.0) -> None:
         """Ends the step thread: after the open requests, or after `drain_timeout_s`, when the rest is aborted."""

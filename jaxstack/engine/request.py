@@ -57,7 +57,7 @@ class SamplingParams:
         _check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", self.max_tokens, "an integer >= 1")
         _check(0.0 <= self.temperature <= 1e4, "temperature", self.temperature, "a number from 0 to 10000")
         _check(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "a number in (0, 1]")
-        _check(self.top_k >= 0, "top_k", self.top_k, "an integer >= 0 (0 keeps all)")
+        _check(0 <= self.top_k < 2**31, "top_k", self.top_k, "an integer from 0 (keeps all) to 2**31 - 1")
         _check(self.seed is None or 0 <= self.seed < 2**63, "seed", self.seed, "an integer from 0 to 2**63 - 1")
         _check(1 <= self.n <= 128, "n", self.n, "an integer from 1 to 128")
         _check(

@@ -96,12 +96,21 @@ class Runner:
         """Programs compiled in this process since the warm-up ended. Zero is the promise."""
         return self._counter.count if self.warm else 0
 
-    def warm_up(self, progress: bool = True) -> None:
-        """Compiles every shape and runs it once, so that the first request meets no surprise."""
+    def warm_up(self, progress: bool = True, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Compiles every shape and runs it once, so that the first request meets no surprise.
+
+        Args:
+          progress: a bar on stderr.
+          stopped: asked before each shape; True leaves the rest undone.
+        """
         if self.warm:
             return
         bar = tqdm(self.shapes, desc="compiling", unit="step", file=sys.stderr, disable=not progress, leave=False)
         for shape in bar:
+            if stopped():
+                return
+            if shape in self._steps:
+                continue
             ints = np.zeros(size(shape.int_fields), np.int32)
             cut(ints, shape.int_fields)["write_slots"][:] = (self._cache_shape[1] - 1) * self.page_size
             step = self.compile(shape)

@@ -5,7 +5,7 @@ the order a CPU streams them from memory; `matmul` then runs a compiled kernel (
 rows of a decode step. A stack of layers stays one array: inside a scan, `packed.at_layer(index)` names a layer and
 copies nothing.
 
-    source packed_matmul.cc -> build.py (compile, cache) -> cpu.py (XLA custom call) <- packed.py (the layout)
+    source packed_matmul.cc -> kernels/native.py (compile, cache) -> cpu.py (XLA custom call) <- packed.py (the layout)
     ref.py: the oracle       xla.py: what XLA compiles itself, also for packed weights where there is no compiler
 """
 

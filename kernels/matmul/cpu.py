@@ -1,56 +1,25 @@
 """The CPU form for packed weights: an XLA custom call into packed_matmul.cc, compiled on first use."""
 
-import ctypes
-import functools
-import logging
-import threading
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels.matmul import build
 from kernels.matmul.packed import PackedWeight
+from kernels.native import NativeKernel
 
-SOURCE = Path(__file__).with_name("packed_matmul.cc")
-_TARGET = "jaxstack_packed_matmul"
 _BLOCK = 128  # `kBlock` of packed_matmul.cc
-_lock = threading.Lock()
 
-
-def why_not() -> str:
-    """Why the compiled kernel cannot be used here, in one line; empty if it can. Builds it on the first call."""
-    with _lock:
-        return _register()
+kernel = NativeKernel(
+    Path(__file__).with_name("packed_matmul.cc"), symbol="JaxstackPackedMatmul", target="jaxstack_packed_matmul"
+)
+why_not = kernel.why_not
 
 
 def available() -> bool:
-    """Whether the compiled kernel can be used here. Builds it on the first call (seconds, once per machine)."""
+    """Whether the compiled kernel can be used in this process. Builds it on the first call."""
     return not why_not()
-
-
-@functools.cache
-def _register() -> str:
-    try:
-        handler = load(build.shared_library(SOURCE))
-    except build.BuildError as error:
-        logging.getLogger(__name__).warning("packed weights use XLA's slower form: %s", error)
-        return str(error)
-    jax.ffi.register_ffi_target(_TARGET, handler, platform="cpu")
-    return ""
-
-
-def load(library: Path) -> object:
-    """The FFI handler in a compiled library, as `jax.ffi.register_ffi_target` takes it.
-
-    Raises:
-      build.BuildError: it cannot be loaded.
-    """
-    try:
-        return jax.ffi.pycapsule(ctypes.CDLL(str(library)).JaxstackPackedMatmul)
-    except (OSError, AttributeError) as error:
-        raise build.BuildError(f"{library} does not load: {' '.join(str(error).split())}") from error
 
 
 def matmul(x: Float[Array, "... K"], w: PackedWeight) -> Float[Array, "... N"]:
@@ -70,7 +39,7 @@ def matmul(x: Float[Array, "... K"], w: PackedWeight) -> Float[Array, "... N"]:
     # where it is still warm from the product before.
     blocked = 0 if rows.shape[0] == 1 else rows.shape[0] * -(-depth // _BLOCK) * _BLOCK
     call = jax.ffi.ffi_call(
-        _TARGET,
+        kernel.target,
         (
             jax.ShapeDtypeStruct((rows.shape[0], w.out_features), jnp.float32),
             jax.ShapeDtypeStruct((blocked,), jnp.float32),

@@ -10,10 +10,10 @@ from kernels.native import NativeKernel
 
 _LANES = 16  # `kLanes` of paged_attention.cc
 
-_kernel = NativeKernel(
+kernel = NativeKernel(
     Path(__file__).with_name("paged_attention.cc"), symbol="JaxstackPagedAttention", target="jaxstack_paged_attention"
 )
-why_not = _kernel.why_not
+why_not = kernel.why_not
 
 
 def handles(q, kv) -> bool:
@@ -28,5 +28,5 @@ def paged_attention(q, kv, layer, batch, *, scale, window):
         )
     if reason := why_not():
         raise RuntimeError(f"paged_attention: implementation='cpu' is not available: {reason}")
-    call = jax.ffi.ffi_call(_kernel.target, jax.ShapeDtypeStruct(q.shape, q.dtype))
+    call = jax.ffi.ffi_call(kernel.target, jax.ShapeDtypeStruct(q.shape, q.dtype))
     return call(q, kv, layer, window, batch.block_tables, batch.kv_lens, batch.query_starts, scale=np.float32(scale))
