@@ -10,7 +10,7 @@ CPU backend computes several times faster than those of products with two leadin
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,9 @@ from jaxstack.models import Attend
 _MASKED = -1e30
 
 
-def packed_attention(positions: Int[Array, "rows T"], *, scale: float | None = None) -> Attend:
+def packed_attention(
+    positions: Int[Array, "rows T"], *, longest: int | None = None, scale: float | None = None
+) -> Attend:
     """An `Attend` for flat tokens [rows * T] that are rows of packed documents.
 
     A query sees the keys of its own document at or before it, less than the layer's window back. Softmax is in float32.
@@ -31,6 +33,8 @@ def packed_attention(positions: Int[Array, "rows T"], *, scale: float | None = N
     Args:
       positions: of each token in its document. Documents are contiguous and counted from 0 in steps of 1: that alone
         says where each begins.
+      longest: no document has more tokens than this; None for T. Keys further back are not even looked at, so the cost
+        of rows much longer than their documents grows with the row, not with its square.
       scale: multiplies the scores; None for head_dim**-0.5.
     """
     rows, length = positions.shape
@@ -43,30 +47,50 @@ def packed_attention(positions: Int[Array, "rows T"], *, scale: float | None = N
         first = jnp.arange(length, dtype=jnp.int32) - jnp.minimum(positions, layer.window - 1)
         grouped = (q * factor).reshape(rows, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
         keys, values = (x.reshape(rows, length, kv_heads, head_dim).transpose(0, 2, 1, 3) for x in (k, v))
-        out = _attention(grouped, keys, values, first, _block_size(length))
+        out = _attention(grouped, keys, values, first, _blocks(length, longest or length))
         return out.transpose(0, 3, 1, 2, 4).reshape(q.shape), cache
 
     return attend
 
 
-def _block_size(length: int) -> int:
-    """Two blocks save a quarter of the square; more of them save little more, and cost compile time."""
-    blocks = 1 if length < 128 else 2 if length <= 1024 else min(16, -(-length // 512))
-    return -(-length // blocks)
+class _Block(NamedTuple):
+    """Queries [start, stop) of a row and the keys [low, stop) that any of them may see."""
+
+    start: int
+    stop: int
+    low: int
+
+    @property
+    def queries(self) -> slice:
+        return slice(self.start, self.stop)
+
+    @property
+    def keys(self) -> slice:
+        return slice(self.low, self.stop)
 
 
-def _blocks(length: int, block: int) -> list[tuple[int, int]]:
-    return [(start, min(start + block, length)) for start in range(0, length, block)]
+def _blocks(length: int, longest: int) -> tuple[_Block, ...]:
+    """Two blocks save a quarter of the square, more of them little more, and each costs compile time; where documents
+    are shorter than rows, smaller blocks see fewer keys.
+    """
+    count = 1 if length < 128 else 2 if length <= 1024 else min(16, -(-length // 512))
+    if longest < length:
+        count = max(count, min(4, length // 64), min(16, length // max(128, longest)))
+    size = -(-length // count)
+    return tuple(
+        _Block(start, min(start + size, length), max(0, start - longest + 1)) for start in range(0, length, size)
+    )
 
 
 def _scores(
-    q: Float[Array, "rows KV G Q hd"], k: Float[Array, "rows KV S hd"], first: Int[Array, "rows Q"], start: int
+    q: Float[Array, "rows KV G T hd"], k: Float[Array, "rows KV T hd"], first: Int[Array, "rows T"], block: _Block
 ) -> Float[Array, "rows KV G Q S"]:
-    """Scores of the queries from index `start` on, invisible keys at -1e30."""
-    key = jnp.arange(k.shape[2], dtype=jnp.int32)
-    query = start + jnp.arange(q.shape[3], dtype=jnp.int32)
-    visible = (key >= first[:, :, None]) & (key <= query[:, None])
-    scores = jnp.einsum("rkgqd,rksd->rkgqs", q, k, preferred_element_type=jnp.float32)
+    """Scores of a block's queries with its keys, invisible ones at -1e30."""
+    key, query = (jnp.arange(s.start, s.stop, dtype=jnp.int32) for s in (block.keys, block.queries))
+    visible = (key >= first[:, block.queries, None]) & (key <= query[:, None])
+    scores = jnp.einsum(
+        "rkgqd,rksd->rkgqs", q[:, :, :, block.queries], k[:, :, block.keys], preferred_element_type=jnp.float32
+    )
     return jnp.where(visible[:, None, None], scores, _MASKED)
 
 
@@ -76,20 +100,20 @@ def _attention(
     k: Float[Array, "rows KV T hd"],
     v: Float[Array, "rows KV T hd"],
     first: Int[Array, "rows T"],
-    block: int,
+    blocks: tuple[_Block, ...],
 ) -> Float[Array, "rows KV G T hd"]:
-    return _forward(q, k, v, first, block)[0]
+    return _forward(q, k, v, first, blocks)[0]
 
 
-def _forward(q, k, v, first, block):
+def _forward(q, k, v, first, blocks):
     outs, logs = [], []
-    for start, stop in _blocks(q.shape[3], block):
-        scores = _scores(q[:, :, :, start:stop], k[:, :, :stop], first[:, start:stop], start)
+    for block in blocks:
+        scores = _scores(q, k, first, block)
         peak = jnp.max(scores, axis=-1)
         weights = jnp.exp(scores - peak[..., None])
         total = jnp.sum(weights, axis=-1)
         mixed = jnp.einsum(
-            "rkgqs,rksd->rkgqd", weights.astype(v.dtype), v[:, :, :stop], preferred_element_type=jnp.float32
+            "rkgqs,rksd->rkgqd", weights.astype(v.dtype), v[:, :, block.keys], preferred_element_type=jnp.float32
         )
         outs.append((mixed / total[..., None]).astype(q.dtype))
         logs.append(peak + jnp.log(total))
@@ -97,22 +121,21 @@ def _forward(q, k, v, first, block):
     return out, (q, k, v, first, out, log_total)
 
 
-def _backward(block, kept, d_out):
+def _backward(blocks, kept, d_out):
     q, k, v, first, out, log_total = kept
     # d(softmax) needs sum_s p_s dp_s, which is the product of the output with its gradient.
     inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     d_q = []
     d_k, d_v = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    for start, stop in _blocks(q.shape[3], block):
-        queries, d_block = q[:, :, :, start:stop], d_out[:, :, :, start:stop]
-        scores = _scores(queries, k[:, :, :stop], first[:, start:stop], start)
-        p = jnp.exp(scores - log_total[:, :, :, start:stop, None])
-        d_p = jnp.einsum("rkgqd,rksd->rkgqs", d_block, v[:, :, :stop], preferred_element_type=jnp.float32)
-        d_s = (p * (d_p - inner[:, :, :, start:stop, None])).astype(q.dtype)
+    for block in blocks:
+        queries, d_block = q[:, :, :, block.queries], d_out[:, :, :, block.queries]
+        p = jnp.exp(_scores(q, k, first, block) - log_total[:, :, :, block.queries, None])
+        d_p = jnp.einsum("rkgqd,rksd->rkgqs", d_block, v[:, :, block.keys], preferred_element_type=jnp.float32)
+        d_s = (p * (d_p - inner[:, :, :, block.queries, None])).astype(q.dtype)
         p = p.astype(q.dtype)
-        d_q.append(jnp.einsum("rkgqs,rksd->rkgqd", d_s, k[:, :, :stop]))
-        d_k = d_k.at[:, :, :stop].add(_sum_over_queries(queries, d_s))
-        d_v = d_v.at[:, :, :stop].add(_sum_over_queries(d_block, p))
+        d_q.append(jnp.einsum("rkgqs,rksd->rkgqd", d_s, k[:, :, block.keys]))
+        d_k = d_k.at[:, :, block.keys].add(_sum_over_queries(queries, d_s))
+        d_v = d_v.at[:, :, block.keys].add(_sum_over_queries(d_block, p))
     return jnp.concatenate(d_q, axis=3), d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 

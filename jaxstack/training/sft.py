@@ -133,7 +133,14 @@ class _Run:
         )
         if compute is None:
             compute = jnp.float32
-        self.loss = decoder_loss(loss_fn, remat=config.remat, compute_dtype=compute, chunk_tokens=config.chunk_tokens)
+        longest = max(int(data.lengths.max()) for data in (self.train_data, self.eval_data) if data is not None)
+        self.loss = decoder_loss(
+            loss_fn,
+            remat=config.remat,
+            compute_dtype=compute,
+            chunk_tokens=config.chunk_tokens,
+            longest=min(config.seq_len, -(-longest // 16) * 16),
+        )
         self.job = {
             "config": comparable_config(config),
             "data": self.train_data.digest(),

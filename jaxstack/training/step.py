@@ -92,6 +92,7 @@ def decoder_loss(
     remat: Remat = "none",
     compute_dtype: Any = None,
     chunk_tokens: int | None = None,
+    longest: int | None = None,
 ) -> ModelLoss:
     """The loss of a `Decoder` on packed rows: attention within documents, targets one token ahead.
 
@@ -99,6 +100,7 @@ def decoder_loss(
       loss_fn: logits and targets to sums.
       remat, compute_dtype: as in `Decoder.hidden`.
       chunk_tokens: compute logits for so many tokens at a time; None for all at once.
+      longest: no document has more tokens; None for the length of a row. See `packed_attention`.
     """
 
     def loss(model: Decoder, batch: Batch) -> LossParts:
@@ -107,7 +109,7 @@ def decoder_loss(
         hidden, _ = model.hidden(
             flat["token_ids"],
             flat["positions"],
-            packed_attention(batch["positions"]),
+            packed_attention(batch["positions"], longest=longest),
             adapter_ids=flat.get("adapter_ids"),
             remat=remat,
             compute_dtype=compute_dtype,

@@ -92,8 +92,8 @@ def test_whole_model_loss_equals_numpy_on_logits_of_separate_documents():
     np.testing.assert_allclose(float(parts.num), num, rtol=2e-6)
 
 
-@pytest.mark.parametrize("length,window", [(40, 2**30), (40, 5), (160, 2**30), (160, 17)])
-def test_packed_attention_equals_dense_attention_with_its_gradients(length, window):
+@pytest.mark.parametrize("length,window,longest", [(40, 2**30, None), (160, 5, None), (160, 2**30, 60), (130, 17, 43)])
+def test_packed_attention_equals_dense_attention_with_its_gradients(length, window, longest):
     rng = np.random.default_rng(length + window % 100)
     items = examples(12, seed=3, longest=length // 3)
     lengths = [len(e.token_ids) for e in items]
@@ -108,7 +108,7 @@ def test_packed_attention_equals_dense_attention_with_its_gradients(length, wind
 
     def packed(q, k, v):
         flat = (x.reshape(2 * length, *x.shape[2:]) for x in (q, k, v))
-        out, cache = packed_attention(data["positions"])(*flat, layer, "cache")
+        out, cache = packed_attention(data["positions"], longest=longest)(*flat, layer, "cache")
         assert cache == "cache"
         out = out.reshape(q.shape)
         return jnp.sum(jnp.where(real, out * d_out, 0.0)), out
