@@ -1,5 +1,4 @@
-"""The demo: a reasoning model that this stack trained solves problems it has never seen, on a server that this stack
-is.
+"""The demo: a reasoning model that this stack trained solves problems it has never seen, on this stack's own server.
 
 Starts `launch.serve` on a free port, sends held-out Countdown problems through the `openai` client, first a few one by
 one to watch the reasoning stream, then all at once, with and without thinking, greedy. Prints accuracy, throughput and
