@@ -213,9 +213,7 @@ def serve(
         try:
             server.run()
         finally:
-            # Closing would wait for the rest of a warm-up; its thread ends with the process.
-            if server.service.started:
-                engine.close()
+            engine.close()  # during a warm-up: after the program being compiled
     if server.failure is not None:
         raise server.failure
 
