@@ -103,7 +103,7 @@ def test_five_sigkills_at_random_moments_leave_no_trace(job):
         if kills < 6:
             # Every other time in the middle of a save, else a random while after a random step.
             if attempt % 2 == 0:
-                wait_until(lambda: saving(workdir) and newest_step(workdir) >= target - 3, process)
+                wait_until(lambda t=target: saving(workdir) and newest_step(workdir) >= t - 3, process)
             else:
                 wait_until(lambda t=target: newest_step(workdir) >= t, process)
                 time.sleep(rng.random() * 0.1)

@@ -1,0 +1,43 @@
+"""Merges a PEFT adapter into its model, or changes a model's dtype: folders in, a Hugging Face folder out.
+
+python -m launch.export --model=BASE --adapter=work/sft/adapter --out=work/merged --dtype=bfloat16
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from absl import flags, logging
+
+from jaxstack.models.checkpoint import load_decoder, save_decoder
+from jaxstack.models.hf_config import stored_dtype
+from jaxstack.training import load_adapters, lora
+from launch import job
+
+_MODEL = flags.DEFINE_string("model", None, "Hugging Face folder of the model")
+_ADAPTER = flags.DEFINE_string("adapter", None, "PEFT folder to merge into it; none only converts")
+_OUT = flags.DEFINE_string("out", None, "folder to write")
+_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "of the weights; the model's by default")
+
+
+def run() -> dict[str, Any]:
+    logging.set_verbosity(logging.WARNING)
+    for name, flag in (("model", _MODEL), ("out", _OUT)):
+        if not flag.value:
+            raise job.BadUsage(f"--{name} is missing; expected a folder")
+    # The sum is made in float32 whatever the model is stored in, and rounded once.
+    model = load_decoder(_MODEL.value, param_dtype=jnp.float32)
+    config = Path(_MODEL.value) / "config.json"
+    dtype = jnp.dtype(_DTYPE.value or stored_dtype(json.loads(config.read_text()), source=str(config)))
+    merged = 0
+    if _ADAPTER.value:
+        (adapter,) = load_adapters(model, [_ADAPTER.value])
+        merged = len(adapter.factors)
+        model = lora.merge(model)
+    save_decoder(model, _OUT.value, dtype=dtype, tokenizer_from=_MODEL.value)
+    return {"model_folder": _OUT.value, "merged_modules": merged, "dtype": dtype.name}
+
+
+if __name__ == "__main__":
+    job.main(run)
