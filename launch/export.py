@@ -23,20 +23,22 @@ _DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "o
 
 def run() -> dict[str, Any]:
     logging.set_verbosity(logging.WARNING)
-    for name, flag in (("model", _MODEL), ("out", _OUT)):
-        if not flag.value:
-            raise job.BadUsage(f"--{name} is missing; expected a folder")
+    folder, out = _MODEL.value, _OUT.value
+    if not folder:
+        raise job.BadUsage("--model is missing; expected a folder")
+    if not out:
+        raise job.BadUsage("--out is missing; expected a folder")
     # The sum is made in float32 whatever the model is stored in, and rounded once.
-    model = load_decoder(_MODEL.value, param_dtype=jnp.float32)
-    config = Path(_MODEL.value) / "config.json"
+    model = load_decoder(folder, param_dtype=jnp.float32)
+    config = Path(folder) / "config.json"
     dtype = jnp.dtype(_DTYPE.value or stored_dtype(json.loads(config.read_text()), source=str(config)))
     merged = 0
     if _ADAPTER.value:
         (adapter,) = load_adapters(model, [_ADAPTER.value])
         merged = len(adapter.factors)
         model = lora.merge(model)
-    save_decoder(model, _OUT.value, dtype=dtype, tokenizer_from=_MODEL.value)
-    return {"model_folder": _OUT.value, "merged_modules": merged, "dtype": dtype.name}
+    save_decoder(model, out, dtype=dtype, tokenizer_from=folder)
+    return {"model_folder": out, "merged_modules": merged, "dtype": dtype.name}
 
 
 if __name__ == "__main__":
