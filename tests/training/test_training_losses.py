@@ -129,7 +129,7 @@ def test_loss_and_gradient_do_not_depend_on_row_order_packing_or_microbatches(rn
     reference, expected = gradients(batch(items, [[i] for i in range(6)], 48))
     packed = [order[:3], order[3:5], order[5:]]
     rng.shuffle(packed)
-    for rows, count, accum in ((packed, 6, 1), (packed, 6, 3), ([[i] for i in order], 6, 2)):
+    for rows, count, accum in ((packed, 6, 1), ([[i] for i in order], 6, 3)):
         parts, found = gradients(batch(items, rows, 48, row_count=count), accum_steps=accum)
         assert float(parts.den) == float(reference.den)
         np.testing.assert_allclose(float(parts.num), float(reference.num), rtol=2e-6)
@@ -142,8 +142,7 @@ def test_an_all_padding_batch_gives_zero_gradient_and_finite_numbers():
     assert all(not np.asarray(g).any() for g in grads.values())
 
 
-@pytest.mark.parametrize("chunk", [7, 32, 1000])
-def test_chunked_head_equals_the_plain_one(chunk):
+def test_chunked_head_equals_the_plain_one():
     data = batch(examples(5, seed=6), [[0, 1], [2, 3], [4]], 48)
     targets = {k: v.reshape(-1) for k, v in shift_targets(data).items()}
     rng = np.random.default_rng(0)
@@ -154,11 +153,11 @@ def test_chunked_head_equals_the_plain_one(chunk):
         return parts.num, parts
 
     def cut(hidden, head):
-        parts = chunked(cross_entropy, lambda h: h @ head, hidden, targets, chunk)
+        parts = chunked(cross_entropy, lambda h: h @ head, hidden, targets, 37)
         return parts.num, parts
 
-    expected_grads, expected = jax.grad(plain, (0, 1), has_aux=True)(hidden, head)
-    grads, parts = jax.grad(cut, (0, 1), has_aux=True)(hidden, head)
+    expected_grads, expected = jax.jit(jax.grad(plain, (0, 1), has_aux=True))(hidden, head)
+    grads, parts = jax.jit(jax.grad(cut, (0, 1), has_aux=True))(hidden, head)
     assert relative(parts.num, expected.num) < 1e-6 and relative(grads, expected_grads) < 1e-6
     assert float(parts.den) == float(expected.den)
     assert float(parts.aux["accuracy"][0]) == float(expected.aux["accuracy"][0])
