@@ -6,6 +6,7 @@ None). Exit codes: 0 done, 1 failed, 2 bad usage. A `UserError` prints one line 
 
 import dataclasses
 import json
+import logging
 import runpy
 import sys
 import types
@@ -147,6 +148,9 @@ def main(run: Callable[[], Mapping[str, Any] | None]) -> None:
     argv = sys.argv
     for flag in _config_flags:
         argv = flag.take_overrides(argv)
+
+    # JAX notes each backend that is not there, which is nobody's concern.
+    logging.getLogger("jax").setLevel(logging.WARNING)
 
     def guarded(rest: list[str]) -> int:
         if len(rest) > 1:
