@@ -40,7 +40,10 @@ def load_config(path: str | Path, config_type: type[_Config], overrides: Mapping
     file = Path(path)
     if not file.is_file():
         raise BadUsage(f"--config: no such file {str(path)!r}; expected a Python file with get_config()")
-    get_config = runpy.run_path(str(file)).get("get_config")
+    try:
+        get_config = runpy.run_path(str(file)).get("get_config")
+    except SyntaxError as error:
+        raise BadUsage(f"--config: {path}, line {error.lineno}: {error.msg}") from error
     if not callable(get_config):
         raise BadUsage(f"--config: {path} defines no get_config()")
     config = get_config()

@@ -150,7 +150,6 @@ class Engine:
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopping = False
-        self._draining = False
         self._death: BaseException | None = None
         self._failures = 0
         self._touched: dict[asyncio.AbstractEventLoop, list[Feed]] = {}
@@ -269,23 +268,22 @@ class Engine:
             raise UserError(f"sampling: found {len(each)}, expected one for each of {len(prompts)} prompts")
         tokens = [self.check_prompt(p, s) for p, s in zip(prompts, each)]
         self.warm_up(progress)
-        collectors = []
+        collectors: dict[str, Collector] = {}
         with tqdm(total=len(prompts), desc="generating", unit="prompt", disable=not progress) as bar:
             for ids, params in zip(tokens, each):
                 while len(self.scheduler.waiting) + len(self._inbox) >= self.config.max_waiting:
                     self._advance()
                 collector = Collector(ids, params.n, bar.update)
-                self.submit(ids, params, collector)
-                collectors.append(collector)
+                collectors[self.submit(ids, params, collector)] = collector
             try:
-                while not all(c.done.is_set() for c in collectors):
+                while not all(c.done.is_set() for c in collectors.values()):
                     self._advance()
             except BaseException:
-                for collector in collectors:
-                    if not collector.done.is_set() and collector.request is not None:
-                        self.abort(collector.request.request_id)
+                for request_id, collector in collectors.items():
+                    if not collector.done.is_set():
+                        self.abort(request_id)
                 raise
-        return [c.output() for c in collectors]
+        return [c.output() for c in collectors.values()]
 
     async def stream(
         self,

@@ -8,7 +8,7 @@ is preempted: its whole pages go to the prefix cache, so that coming back is mos
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from jaxstack.engine.memory import PagePool, RadixTree
 from jaxstack.engine.request import Sequence
@@ -278,8 +278,3 @@ class Scheduler:
             pages.append(node.pages)
             node = node.parent
         return [page for run in reversed(pages) for page in run]
-
-
-def abortable(sequences: Iterable[Sequence], request_id: str) -> list[Sequence]:
-    """The sequences of one request among `sequences`."""
-    return [s for s in sequences if s.request.request_id == request_id]
