@@ -24,7 +24,6 @@ then the ratios of wall times say nothing.
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -43,8 +42,8 @@ from launch.peers import PeerProcess, find_interpreter
 from launch.peers.process import DEFAULT_INTERPRETER
 from launch.serve_benchmark import matmul_limit, report
 from launch.serve_benchmark.agreement import Agreement, MarginAt, PlainForward, compare
-from launch.serve_benchmark.contest import Contest, PeerMode, Progress, Run, fastest, quiet
-from launch.serve_benchmark.machine import FOREIGN_LIMIT, LoadMeter, describe, foreign_now, load1
+from launch.serve_benchmark.contest import Contest, PeerMode, Progress, Run, fastest
+from launch.serve_benchmark.machine import FOREIGN_LIMIT, describe, foreign_now, load1
 from launch.serve_benchmark.ours import Ours, model_config, model_folder, scale_of
 from launch.serve_benchmark.workload import Workload
 
@@ -59,7 +58,6 @@ _SHARED_PREFIX = flags.DEFINE_float(
     "shared_prefix", 0.0, "share of every prompt, of 512 tokens then, that all have in common"
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "rounds that count", lower_bound=1)
-_TRIAL_SECONDS = flags.DEFINE_float("trial_seconds", 240.0, "for finding the peer's best modes, before the rounds")
 _MAX_BATCH_TOKENS = flags.DEFINE_integer("max_batch_tokens", 512, "our engine's tokens per step", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "of weights, lengths and token ids", lower_bound=0)
 _WORKDIR = flags.DEFINE_string(
@@ -68,100 +66,77 @@ _WORKDIR = flags.DEFINE_string(
 
 _PROGRAM = Path(__file__).parent / "peers" / "transformers_serve.py"
 _SHARED_PROMPT = (512, 512)
+_THREADS = 2
 _PEER_PAGE = 32
 
 
 def peer_modes(workload: Workload) -> list[PeerMode]:
-    """What is tried of transformers, the likeliest first: static batches of several sizes, continuous ones of several kinds.
+    """What is tried of transformers: the sizes and orders of static batches, and the settings of continuous batching.
 
-    Sizes that it would guess for a GPU are given. `grouped` is an option of its `sdpa` attention. With a shared prefix
-    little is tried of static batches: they compute every prompt whole and cannot win.
+    Sizes that it would guess for a GPU are given. Of what cannot win the shared-prefix workload (static batches compute
+    every prompt whole) only the likeliest is tried there. `grouped` is an option of its `sdpa` attention. Left out:
+    `eager` attention (1.5 times as long as the best) and batches of 16 sorted by prompt length (1.1 times as long as by
+    output length).
     """
     whole, sharing = workload.requests, bool(workload.shared_prefix)
-
-    def static(batch: int, order: str = "given", grouped: bool = True) -> PeerMode:
-        title = (
-            f"batches of {batch}" + (f" by {order} length" if batch < whole else "") + (", grouped" if grouped else "")
-        )
-        return PeerMode("generate", title, {"batch": batch, "order": order, "grouped": grouped})
-
-    def paged(attention: str = "sdpa", step: int = 1024, at_once: int = whole, grouped: bool = True) -> PeerMode:
-        settings = {
-            "attention": attention,
-            "grouped": grouped,
-            "order": "output",
-            "page_size": _PEER_PAGE,
-            "num_blocks": whole * -(-workload.window // _PEER_PAGE + 1),
-            "max_batch_tokens": step,
-            "max_requests_per_batch": at_once,
-            "allow_block_sharing": sharing,
-        }
-        title = f"{attention}{' grouped' if grouped else ''}, {step} tokens a step, {at_once} requests at once"
-        return PeerMode("generate_batch", title, settings)
-
+    static = [(batch, order, True) for batch, order in ((8, "output"), (16, "output")) if batch < whole]
+    static = ([] if sharing else static) + [(whole, "given", True), (whole, "given", False)]
     modes = [
-        static(whole),
-        paged(),
-        paged(step=512),
-        static(16, "output"),
-        static(8, "output"),
-        paged(step=2048),
-        static(whole, grouped=False),
-        paged(grouped=False),
-        paged(at_once=whole // 2 or 1),
-        static(16, "prompt"),
-        paged("eager", grouped=False),
+        PeerMode(
+            "generate",
+            f"batches of {batch}"
+            + (f", longest {order} first" if batch < whole else "")
+            + (", grouped" if grouped else ""),
+            {"batch": batch, "order": order, "grouped": grouped},
+        )
+        for batch, order, grouped in static
     ]
-    if sharing:
-        modes = [mode for mode in modes if mode.kind == "generate_batch" or mode is modes[0]]
-    return [mode for mode in modes if mode.settings.get("batch", 0) < whole or mode.settings["order"] == "given"]
+    base = {
+        "order": "output",
+        "page_size": _PEER_PAGE,
+        "num_blocks": whole * -(-workload.window // _PEER_PAGE + 1),
+        "max_requests_per_batch": whole,
+        "allow_block_sharing": sharing,
+    }
+    paged: list[tuple[str, dict[str, Any]]] = [
+        ("sdpa grouped, 512 tokens a step", {"attention": "sdpa", "grouped": True, "max_batch_tokens": 512}),
+        ("sdpa grouped, 1024 tokens a step", {"attention": "sdpa", "grouped": True, "max_batch_tokens": 1024}),
+        ("sdpa, 512 tokens a step", {"attention": "sdpa", "max_batch_tokens": 512}),
+    ]
+    if whole > 16:
+        half = {"attention": "sdpa", "grouped": True, "max_batch_tokens": 512, "max_requests_per_batch": whole // 2}
+        paged.append((f"sdpa grouped, 512 tokens a step, {whole // 2} requests at once", half))
+    return modes + [PeerMode("generate_batch", title, {**base, **settings}) for title, settings in paged]
 
 
 def open_peer(interpreter: Path, folder: Path, workdir: Path, about: dict[str, Any], policy: str) -> PeerProcess:
-    """Starts the peer with OMP_WAIT_POLICY=`policy` and the model loaded.
-
-    It uses all cores, or one if a probe on a quiet machine says that one is faster; on a busy one the probe would
-    choose for the other programs.
-    """
-    threads = os.cpu_count() or 1
+    """Starts the peer with OMP_WAIT_POLICY=`policy`, loads the model, finds the best number of threads."""
     peer = PeerProcess(
         [interpreter, _PROGRAM],
         log_file=workdir / f"peer-{policy.lower()}.log",
-        environment={"OMP_WAIT_POLICY": policy, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"},
+        environment={"OMP_WAIT_POLICY": policy, "OMP_NUM_THREADS": str(_THREADS), "TOKENIZERS_PARALLELISM": "false"},
         name="transformers",
     )
     try:
-        loaded = peer.ask("load", folder=str(folder.resolve()), threads=threads)
-        with LoadMeter(lambda: [peer.process]) as meter:
-            probe = peer.ask("choose_threads", candidates=[threads, 1])
-        if meter.foreign_cores > FOREIGN_LIMIT:
-            probe = peer.ask("choose_threads", candidates=[threads])
+        loaded = peer.ask("load", folder=str(folder.resolve()), threads=_THREADS)
+        threads = peer.ask("choose_threads", candidates=[_THREADS, 1])
     except BaseException:
         peer.close()
         raise
     about["versions"] = loaded["versions"]
-    about.setdefault("threads", {})[policy] = probe["threads"]
+    about.setdefault("threads", {})[policy] = threads["threads"]
     return peer
 
 
 def trials(
-    contest: Contest, modes: Sequence[PeerMode], seconds: float, progress: Progress
+    contest: Contest, modes: Sequence[PeerMode], *, quiet: bool, progress: Progress
 ) -> list[tuple[PeerMode, Run]]:
-    """Every mode once with waiting threads asleep; on a quiet machine the best of each kind with spinning ones, too.
-
-    After `seconds` nothing new is begun, but every kind is tried once.
-    """
-    tried: list[tuple[PeerMode, Run]] = []
-    until = time.perf_counter() + seconds
-    for mode in modes:
-        if time.perf_counter() < until or mode.kind not in {other.kind for other, _ in tried}:
-            tried += contest.trials([mode], variant=0)
-        else:
-            progress.done(f"{mode.label}: not tried, the trials have taken their {seconds:.0f} s")
-    winners = list(fastest(tried).values())
-    if quiet(tried):
+    """Every mode once with waiting threads asleep; on a quiet machine the best of each kind with spinning ones, too."""
+    tried = contest.trials(modes, variant=0)
+    winners = list(fastest(tried, quiet=quiet).values())
+    if quiet:
         return tried + contest.trials([dataclasses.replace(mode, wait_policy="ACTIVE") for mode in winners], variant=0)
-    progress.done("OMP_WAIT_POLICY=ACTIVE not tried: other programs ran", len(winners))
+    progress.done("OMP_WAIT_POLICY=ACTIVE not tried: it needs a machine without other work", len(winners))
     return tried
 
 
@@ -217,8 +192,9 @@ def run() -> dict[str, Any]:
         stack.enter_context(contextlib.closing(contest))
         for i, name in enumerate(contest.ours):
             contest.run_ours(name, i)
-        tried = trials(contest, modes, _TRIAL_SECONDS.value, progress)
-        best = fastest(tried)
+        quiet = foreign_before <= FOREIGN_LIMIT
+        tried = trials(contest, modes, quiet=quiet, progress=progress)
+        best = fastest(tried, quiet=quiet)
         if not best:
             raise UserError(f"transformers: found no mode that works, see {workdir}/peer-passive.log")
         contest.keep({mode.wait_policy for mode in best.values()})
