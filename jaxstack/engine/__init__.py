@@ -11,6 +11,7 @@ from jaxstack.engine.engine import Engine, EngineDead, EngineStats, PromptTooLon
 from jaxstack.engine.request import (
     Completion,
     Delta,
+    Guide,
     RequestOutput,
     RequestTiming,
     SamplingParams,
@@ -24,6 +25,7 @@ __all__ = [
     "EngineConfig",
     "EngineDead",
     "EngineStats",
+    "Guide",
     "PromptTooLong",
     "QueueFull",
     "RequestOutput",

@@ -4,14 +4,22 @@ Plain data, no jax. `Sequence` is the engine's own record of one choice of one r
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, get_args
 
 from jaxstack.runtime.errors import UserError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 1024
+# A grammar's text, in bytes, and the strings of a choice.
+MAX_GUIDE_BYTES = 1 << 18
+MAX_CHOICES = 4096
+
+GuideKind = Literal["json_schema", "json_object", "regex", "lark", "choice"]
+LogprobsMode = Literal["raw", "processed"]
 
 
 def _check(ok: bool, name: str, found: Any, expected: str) -> None:
@@ -19,21 +27,91 @@ def _check(ok: bool, name: str, found: Any, expected: str) -> None:
         raise UserError(f"{name}: found {found!r}, expected {expected}")
 
 
+def _check_integers(values: Iterable[Any], name: str) -> None:
+    for value in values:
+        _check(isinstance(value, int) and not isinstance(value, bool) and value >= 0, name, value, "token ids >= 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Guide:
+    """A grammar that an answer must follow.
+
+    Args:
+      kind: "json_schema" (`text` is the schema), "json_object" (any JSON object; no text), "regex", "lark" (a grammar
+        in Lark's notation), or "choice" (`text` is a JSON list of strings, of which the answer is one).
+      text: what `kind` says.
+
+    Raises:
+      UserError: an unknown kind, or a text that is not what the kind asks for. A schema, a regular expression or a
+        grammar that is well-formed here may still be refused when it is compiled.
+    """
+
+    kind: GuideKind
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        kinds = get_args(GuideKind)
+        _check(self.kind in kinds, "guide", self.kind, "one of " + ", ".join(kinds))
+        _check(isinstance(self.text, str), self.kind, self.text, "a string")
+        try:
+            length = len(self.text.encode())
+        except UnicodeEncodeError:
+            raise UserError(f"{self.kind}: found half of a surrogate pair, expected valid Unicode") from None
+        if length > MAX_GUIDE_BYTES:
+            raise UserError(f"{self.kind}: found {length} bytes, expected at most {MAX_GUIDE_BYTES}")
+        if self.kind == "json_object":
+            _check(not self.text, self.kind, self.text, "no text")
+            return
+        if not self.text:
+            raise UserError(f"{self.kind}: found an empty text, expected one")
+        if self.kind == "json_schema":
+            schema = self._json("a JSON schema")
+            _check(
+                isinstance(schema, (dict, bool)), self.kind, schema, "a JSON schema, which is an object or a boolean"
+            )
+        elif self.kind == "choice":
+            strings = self._json("a JSON list of strings")
+            ok = isinstance(strings, list) and strings and all(isinstance(s, str) and s for s in strings)
+            _check(ok, self.kind, strings, "a JSON list of strings, none empty, at least one")
+            _check(len(strings) <= MAX_CHOICES, self.kind, len(strings), f"at most {MAX_CHOICES} strings")
+
+    def _json(self, expected: str) -> Any:
+        try:
+            return json.loads(self.text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self.kind}: found no valid JSON ({error}), expected {expected}") from None
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
     """How the tokens of one request are drawn and where they end.
+
+    The order in which logits are changed: `logit_bias`, `allowed_token_ids` and `guide`, `min_tokens`, the penalties,
+    `temperature`, `top_k`, `top_p`, `min_p`.
 
     Args:
       max_tokens: tokens to generate at most; None means the rest of the window.
       temperature: 0 (anything below 1e-5) is greedy.
       top_p: nucleus mass in (0, 1]; renormalised after `top_k`.
       top_k: candidates kept; 0 means all.
+      min_p: tokens less likely than this share of the likeliest one are left out; 0 means none are.
+      presence_penalty: subtracted from the logit of every token generated so far.
+      frequency_penalty: subtracted as often as the token was generated.
+      repetition_penalty: divides the positive and multiplies the negative logits of all tokens of prompt and answer; 1
+        changes nothing.
+      logit_bias: added to the logits of these token ids. Given as a mapping (or pairs), kept as pairs ascending by id.
+      allowed_token_ids: no other token is drawn. Kept ascending and distinct.
+      min_tokens: no end token, and none of `stop_token_ids`, before this many.
       seed: with a seed a request gives the same tokens in any batch; None draws one from the engine's own generator.
       n: choices per prompt. The prompt is computed once.
+      best_of: choices generated, of which the `n` with the highest sum of logprobs are given back; None means `n`.
       stop: strings that end an answer; the text is cut before them unless `include_stop_str_in_output`.
       stop_token_ids: token ids that end an answer, beside the model's own end tokens.
       ignore_eos: generate on past the model's end tokens.
       logprobs: alternatives reported with each token (0: the chosen one alone); None reports nothing.
+      prompt_logprobs: the same for the tokens of the prompt.
+      logprobs_mode: "raw" reports the model's own distribution, "processed" the one that the token was drawn from.
+      guide: the grammar that the answer follows.
       skip_special_tokens: leave special tokens out of the text.
 
     Raises:
@@ -52,6 +130,17 @@ class SamplingParams:
     logprobs: int | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] | None = None
+    allowed_token_ids: tuple[int, ...] | None = None
+    min_tokens: int = 0
+    best_of: int | None = None
+    prompt_logprobs: int | None = None
+    logprobs_mode: LogprobsMode = "raw"
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
         _check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", self.max_tokens, "an integer >= 1")
@@ -66,12 +155,74 @@ class SamplingParams:
             self.stop,
             "a tuple of strings, none empty",
         )
+        _check_integers(self.stop_token_ids, "stop_token_ids")
+        for name, value in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            _check(value is None or 0 <= value <= MAX_LOGPROBS, name, value, f"an integer from 0 to {MAX_LOGPROBS}")
+        modes = get_args(LogprobsMode)
+        _check(self.logprobs_mode in modes, "logprobs_mode", self.logprobs_mode, " or ".join(modes))
+        _check(0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "a number from 0 to 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check(-2.0 <= getattr(self, name) <= 2.0, name, getattr(self, name), "a number from -2 to 2")
         _check(
-            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
-            "logprobs",
-            self.logprobs,
-            f"an integer from 0 to {MAX_LOGPROBS}",
+            0.0 < self.repetition_penalty < float("inf"),
+            "repetition_penalty",
+            self.repetition_penalty,
+            "a finite number above 0",
         )
+        longest = (
+            "an integer >= 0" if self.max_tokens is None else f"an integer from 0 to max_tokens = {self.max_tokens}"
+        )
+        _check(0 <= self.min_tokens <= (self.max_tokens or 2**31), "min_tokens", self.min_tokens, longest)
+        _check(
+            self.best_of is None or self.n <= self.best_of <= 128,
+            "best_of",
+            self.best_of,
+            f"an integer from n = {self.n} to 128",
+        )
+        _check(self.guide is None or isinstance(self.guide, Guide), "guide", self.guide, "a Guide")
+        self._keep_biases()
+        if self.allowed_token_ids is not None:
+            _check_integers(self.allowed_token_ids, "allowed_token_ids")
+            _check(
+                len(self.allowed_token_ids) > 0, "allowed_token_ids", self.allowed_token_ids, "at least one token id"
+            )
+            object.__setattr__(self, "allowed_token_ids", tuple(sorted(set(self.allowed_token_ids))))
+
+    def _keep_biases(self) -> None:
+        """Checks `logit_bias` and brings it into the form it is kept in."""
+        given = self.logit_bias
+        if given is None:
+            return
+        pairs = tuple(sorted(given.items() if isinstance(given, Mapping) else given))
+        _check(len(pairs) <= MAX_LOGIT_BIAS, "logit_bias", len(pairs), f"at most {MAX_LOGIT_BIAS} entries")
+        _check_integers((token for token, _ in pairs), "logit_bias")
+        _check(len({token for token, _ in pairs}) == len(pairs), "logit_bias", pairs, "each token id once")
+        for token, value in pairs:
+            _check(-100.0 <= value <= 100.0, f"logit_bias[{token}]", value, "a number from -100 to 100")
+        object.__setattr__(self, "logit_bias", tuple((token, float(value)) for token, value in pairs) or None)
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """`logit_bias` as it is kept: pairs ascending by token id."""
+        assert self.logit_bias is None or isinstance(self.logit_bias, tuple)
+        return self.logit_bias or ()
+
+    @property
+    def choices(self) -> int:
+        """Sequences that are generated: `best_of`, or `n`."""
+        return self.best_of or self.n
+
+    @property
+    def penalised(self) -> bool:
+        """Whether the tokens so far change the logits of the next."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
+
+    def check_token_ids(self, vocab_size: int) -> None:
+        """Raises UserError if a token id of `logit_bias` or `allowed_token_ids` is not below `vocab_size`."""
+        ids = {"logit_bias": [token for token, _ in self.biases], "allowed_token_ids": self.allowed_token_ids or ()}
+        for name, values in ids.items():
+            if values:  # ascending
+                _check(values[-1] < vocab_size, name, values[-1], f"token ids from 0 to {vocab_size - 1}")
 
     @property
     def greedy(self) -> bool:
