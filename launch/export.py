@@ -10,9 +10,10 @@ from typing import Any
 import jax.numpy as jnp
 from absl import flags, logging
 
+from jaxstack.models import lora
 from jaxstack.models.checkpoint import load_decoder, save_decoder
 from jaxstack.models.hf_config import stored_dtype
-from jaxstack.training import load_adapters, lora
+from jaxstack.models.peft_format import load_adapters
 from launch import job
 
 _MODEL = flags.DEFINE_string("model", None, "Hugging Face folder of the model")

@@ -3,7 +3,8 @@
 A folder's `config.json` becomes a `DecoderConfig` (`hf_config`), its safetensors fill a `Decoder` tensor by tensor
 (`checkpoint`, with the names of `hf_names`), and `save_decoder` writes a folder that other software opens. The decoder
 (`decoder`, built of `linear` and `rope`) leaves attention to the caller: `attention.dense_attention` for whole
-sequences, the engine's for pages. `serving_layout` rearranges a decoder's weights for inference. `tokenizer` and
+sequences, the engine's for pages. `lora` puts low-rank adapters into a decoder and `peft_format` reads
+and writes their folders. `serving_layout` rearranges a decoder's weights for inference. `tokenizer` and
 `chat_template` read the folder's text side.
 """
 

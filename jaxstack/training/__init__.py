@@ -2,17 +2,17 @@
 
 How data passes through: rows of JSONL become token ids and loss masks (`chat`, `data`), several share a row of fixed
 length (`packing`), and a thread hands batches to the loop (`loop`). The step (`step`) is one jitted function of pytrees
-for every loss (`losses`), every optimizer (`optimizer`), and full or adapter training (`lora`). `sft` ties them
-together, checkpoints through `jaxstack.runtime.checkpoint`, and leaves `workdir/model`; `peft_format` reads and writes
-adapter folders.
+for every loss (`losses`), every optimizer (`optimizer`), and full or adapter training (`jaxstack.models.lora`). `sft`
+ties them together, checkpoints through `jaxstack.runtime.checkpoint`, and leaves `workdir/model`, or an adapter folder
+(`jaxstack.models.peft_format`).
 """
 
+from jaxstack.models.lora import LoraConfig
+from jaxstack.models.peft_format import load_adapters, save_peft
 from jaxstack.training.config import ResumeConfig, SftConfig
 from jaxstack.training.data import DataConfig, Example
-from jaxstack.training.lora import LoraConfig
 from jaxstack.training.losses import LossFn, LossParts, cross_entropy
 from jaxstack.training.optimizer import OptimizerConfig
-from jaxstack.training.peft_format import load_adapters, save_peft
 from jaxstack.training.sft import TrainResult, train_sft
 from jaxstack.training.step import TrainState, make_train_step
 

@@ -6,10 +6,10 @@ from typing import Literal
 
 from jaxstack.models import DecoderConfig
 from jaxstack.models.decoder import Remat
+from jaxstack.models.lora import LoraConfig
 from jaxstack.runtime.checkpoint import Keep
 from jaxstack.runtime.errors import UserError
 from jaxstack.training.data import DataConfig
-from jaxstack.training.lora import LoraConfig
 from jaxstack.training.optimizer import OptimizerConfig
 
 

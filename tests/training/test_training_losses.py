@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_decoder import batch, decoder, examples
 
-from jaxstack.models import LayerContext, LoraParam, dense_attention
-from jaxstack.training import lora
+from jaxstack.models import LayerContext, LoraParam, dense_attention, lora
 from jaxstack.training.losses import chunked, cross_entropy, shift_targets, token_log_probs
 from jaxstack.training.optimizer import OptimizerConfig, build_optimizer
 from jaxstack.training.packed_attention import packed_attention

@@ -18,9 +18,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from jaxstack.models import Decoder
+from jaxstack.models.decoder import Decoder
+from jaxstack.models.lora import ALL_LINEAR, Factors, LoraConfig, adapter_factors, set_adapters, sites
 from jaxstack.runtime.errors import UserError
-from jaxstack.training.lora import ALL_LINEAR, Factors, LoraConfig, adapter_factors, set_adapters, sites
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")

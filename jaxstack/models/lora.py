@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxstack.models import Decoder, Linear, LoraWeights
+from jaxstack.models.decoder import Decoder
 from jaxstack.models.hf_names import hf_module
+from jaxstack.models.linear import Linear, LoraWeights
 from jaxstack.runtime.errors import UserError
 
 ALL_LINEAR = "all-linear"
