@@ -22,6 +22,7 @@ from jaxstack.engine.request import TokenLogprob
 from jaxstack.engine.sampling import RowParams, Sampled, sample
 from jaxstack.models.decoder import Decoder
 from jaxstack.runtime.compilation import CompileCounter
+from kernels.kv_write import kv_write
 from kernels.paged_attention import paged_attention, ragged
 
 
@@ -159,12 +160,10 @@ class Runner:
         f = cut(ints, shape.int_fields)
         decoder = nnx.merge(self._graph, weights)
         batch = ragged(f["block_tables"], f["kv_lens"], f["query_starts"], f["num_decodes"], rows=shape.rows)
-        page, offset = f["write_slots"] // self.page_size, f["write_slots"] % self.page_size
         scale = self.config.head_dim**-0.5
 
         def attend(q, k, v, layer, cache):
-            fresh = jnp.stack([k, v], axis=2).reshape(shape.rows, *self._cache_shape[3:]).astype(cache.dtype)
-            cache = cache.at[layer.index, page, offset].set(fresh, mode="promise_in_bounds")
+            cache = kv_write(cache, k, v, layer.index, f["write_slots"])
             return paged_attention(q, cache, layer.index, batch, scale=scale, window=layer.window), cache
 
         hidden, cache = decoder.hidden(f["tokens"], f["positions"], attend, cache, compute_dtype=self.dtype)

@@ -26,6 +26,8 @@ def paged_attention(
     *,
     scale: float,
     window: Int[Array, ""] | int = 2**30,
+    softcap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "rows heads head_dim"]:
     """Softmax attention of every query row over its own sequence's cached tokens, causal, within `window`.
@@ -34,8 +36,10 @@ def paged_attention(
     q's dtype. Rows beyond `query_starts[-1]` are finite and meaningless.
 
     Args:
+      softcap: c > 0 turns every score s into c * tanh(s / c) (Gemma 2); None leaves them.
+      sinks: one logit a head that joins the softmax as a key without a value (gpt-oss); None for none.
       implementation: "ref" (dense, the oracle), "xla" (blocked, cost follows the real lengths) or "cpu" (compiled C++:
-        float32, head_dim a multiple of 16; a row's result does not depend on the rows beside it). None picks "cpu"
+        float32 or bfloat16, computing in float32, head_dim a multiple of 16; a row's result does not depend on the rows beside it). None picks "cpu"
         where it can, else "xla".
 
     Raises:
@@ -44,13 +48,18 @@ def paged_attention(
     """
     if q.shape[-1] != kv.shape[-1]:
         raise ValueError(f"head_dim of q is {q.shape[-1]}, of the cache {kv.shape[-1]}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: found {softcap}, expected a positive number or None")
+    if sinks is not None and sinks.shape != q.shape[1:2]:
+        raise ValueError(f"sinks: found shape {sinks.shape}, expected one logit a head, ({q.shape[1]},)")
     if implementation is None:
         on_cpu = jax.default_backend() == "cpu" and cpu.handles(q, kv) and not cpu.why_not()
         implementation = "cpu" if on_cpu else "xla"
     if implementation not in _FORMS:
         raise ValueError(f"implementation: found {implementation!r}, expected one of {', '.join(_FORMS)}")
     window = jnp.asarray(window, jnp.int32)
-    return _FORMS[implementation](q, kv, jnp.asarray(layer, jnp.int32), batch, scale=scale, window=window)
+    form = _FORMS[implementation]
+    return form(q, kv, jnp.asarray(layer, jnp.int32), batch, scale=scale, window=window, softcap=softcap, sinks=sinks)
 
 
 _FORMS = {"ref": ref.paged_attention, "xla": xla.paged_attention, "cpu": cpu.paged_attention}

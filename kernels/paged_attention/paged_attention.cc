@@ -1,4 +1,5 @@
-// Softmax attention of ragged query rows over a paged float32 KV cache: the CPU form of kernels.paged_attention.
+// Softmax attention of ragged query rows over a paged KV cache, float32 or bfloat16: the CPU form of
+// kernels.paged_attention. Whatever the storage, all arithmetic is float32.
 //
 // A unit of work is a few query rows of one sequence with one key/value head: all queries that share that head (grouped-query
 // attention) meet each key once. Keys are read page by page in blocks of kTokens, aligned to position 0 of the sequence, and turned
@@ -37,8 +38,28 @@ constexpr int64_t kTokenVecs = kTokens / kLanes;  // registers for their scores
 constexpr int64_t kQueries = 4;                   // queries that share the loads of keys and values
 constexpr int64_t kUnitQueries = 64;              // queries (rows x heads of a group) of a unit, at most, if a row has fewer
 
+struct Bf16 { uint16_t bits; };
+using Halves = uint16_t __attribute__((vector_size(32)));
+using Words = uint32_t __attribute__((vector_size(64)));
+
 inline Vec Load(const float* p) { Vec v; std::memcpy(&v, p, sizeof v); return v; }
 inline void Store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+inline Vec Load(const Bf16* p) {
+  Halves halves;
+  std::memcpy(&halves, p, sizeof halves);
+  const Words words = __builtin_convertvector(halves, Words) << 16;
+  Vec v;
+  std::memcpy(&v, &words, sizeof v);
+  return v;
+}
+// To the nearest, ties to even; a NaN stays one.
+inline void Store(Bf16* p, Vec v) {
+  Words words;
+  std::memcpy(&words, &v, sizeof words);
+  words = (words & 0x7FFFFFFF) > 0x7F800000 ? words | 0x400000 : words + 0x7FFF + ((words >> 16) & 1);
+  const Halves halves = __builtin_convertvector(words >> 16, Halves);
+  std::memcpy(p, &halves, sizeof halves);
+}
 inline Vec Splat(float a) { return a - Vec{}; }
 inline Vec Max(Vec a, Vec b) { return a > b ? a : b; }
 
@@ -61,11 +82,24 @@ inline Vec Exp(Vec x) {
   return x < -87.0f ? Vec{} : p * power;
 }
 
+// tanh within a few units in the last place: the series where 1 - e^-2|x| would cancel, else by e^-2|x|.
+inline Vec Tanh(Vec x) {
+  const Vec size = x < 0.0f ? -x : x, square = x * x;
+  Vec p = square * 2.1869488e-2f - 5.3968254e-2f;
+  p = p * square + 1.3333334e-1f;
+  p = p * square - 3.3333334e-1f;
+  const Vec small = size + size * square * p;
+  const Vec e = Exp(size * -2.0f);
+  const Vec result = size < 0.25f ? small : (1.0f - e) / (1.0f + e);
+  return x < 0.0f ? -result : result;
+}
+
 // to[i * kTokens + t] = rows[t][d + i] for 16 tokens and 16 dimensions.
-inline void Turn(const float* const* rows, int64_t d, float* to) {
+template <typename Element>
+inline void Turn(const Element* const* rows, int64_t d, float* to) {
 #if defined(__AVX512F__)
   __m512 a[16], b[16];
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(rows[i] + d);
+  for (int i = 0; i < 16; ++i) a[i] = reinterpret_cast<__m512>(Load(rows[i] + d));
   for (int i = 0; i < 16; i += 2) {
     b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
     b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
@@ -90,7 +124,8 @@ inline void Turn(const float* const* rows, int64_t d, float* to) {
   }
 #else
   for (int64_t t = 0; t < kLanes; ++t) {
-    for (int64_t i = 0; i < kLanes; ++i) to[i * kTokens + t] = rows[t][d + i];
+    const Vec row = Load(rows[t] + d);
+    for (int64_t i = 0; i < kLanes; ++i) to[i * kTokens + t] = row[i];
   }
 #endif
 }
@@ -106,12 +141,16 @@ struct Scratch {
   std::vector<float> query, keys, scores, out, top, total;
 };
 
+// Query: element type of the queries and the result; Cached: of the cache.
+template <typename Query, typename Cached>
 struct Attention {
-  const float *q, *kv;  // kv: the wanted layer
+  const Query* q;
+  const Cached* kv;  // the wanted layer
   const int32_t *tables, *kv_lens, *starts;
-  float* out;
+  const float* sinks;  // one logit a head, or null
+  Query* out;
   int64_t heads, kv_heads, head_dim, page_size, table_pages, window;
-  float scale;
+  float scale, softcap;  // softcap 0: none
   std::vector<Unit> units;
   std::atomic<int64_t> next{0}, done{0};
 
@@ -129,7 +168,7 @@ struct Attention {
     }
   }
 
-  const float* Row(const Unit& unit, int64_t token) const {
+  const Cached* Row(const Unit& unit, int64_t token) const {
     const int64_t page = tables[unit.sequence * table_pages + token / page_size];
     return kv + ((page * page_size + token % page_size) * 2 * kv_heads + 2 * unit.kv_head) * head_dim;
   }
@@ -145,17 +184,17 @@ struct Attention {
     s.total.assign(padded, 0.0f);
     s.keys.resize(dim * kTokens);
     for (int64_t i = 0; i < n; ++i) {
-      const float* from = Query(unit, i);
-      for (int64_t d = 0; d < dim; ++d) s.query[i * dim + d] = from[d] * scale;
+      const Query* from = q + Offset(unit, i);
+      for (int64_t d = 0; d < dim; d += kLanes) Store(&s.query[i * dim + d], Load(from + d) * scale);
     }
     // Position of the unit's first row; the rows of a sequence are its last tokens.
     const int64_t length = kv_lens[unit.sequence];
     const int64_t first = length - (starts[unit.sequence + 1] - unit.first_row);
     const int64_t end = first + unit.rows;
-    const float* values[kTokens];
+    const Cached* values[kTokens];
     for (int64_t base = std::max<int64_t>(0, first - window + 1) / kTokens * kTokens; base < end; base += kTokens) {
       const int64_t count = std::min(kTokens, end - base);
-      const float* rows[kTokens];
+      const Cached* rows[kTokens];
       for (int64_t t = 0; t < kTokens; ++t) {
         rows[t] = Row(unit, base + std::min(t, count - 1));  // past the end the last token again: masked, but finite
         values[t] = rows[t] + dim;
@@ -164,6 +203,7 @@ struct Attention {
         for (int64_t d = 0; d < dim; d += kLanes) Turn(rows + t, d, &s.keys[d * kTokens + t]);
       }
       for (int64_t i = 0; i < padded; i += kQueries) Scores(&s.query[i * dim], s.keys.data(), &s.scores[i * kTokens]);
+      if (softcap != 0.0f) Cap(s.scores.data(), padded * kTokens);
       for (int64_t i = 0; i < padded; ++i) {
         const int64_t position = first + std::min(i, n - 1) / group;
         const int64_t from = std::clamp<int64_t>(position - window + 1 - base, 0, kTokens);
@@ -173,16 +213,29 @@ struct Attention {
       for (int64_t i = 0; i < padded; i += kQueries) AddValues(&s.scores[i * kTokens], values, count, &s.out[i * dim]);
     }
     for (int64_t i = 0; i < n; ++i) {
-      float* to = out + (Query(unit, i) - q);
-      const float inverse = 1.0f / s.total[i];
-      for (int64_t d = 0; d < dim; ++d) to[d] = s.out[i * dim + d] * inverse;
+      Query* to = out + Offset(unit, i);
+      const float inverse = sinks ? InverseWithSink(s.top[i], s.total[i], sinks[unit.kv_head * group + i % group])
+                                  : 1.0f / s.total[i];
+      for (int64_t d = 0; d < dim; d += kLanes) Store(to + d, Load(&s.out[i * dim + d]) * inverse);
     }
   }
 
-  // Query i of a unit: rows outside, heads of the group inside.
-  const float* Query(const Unit& unit, int64_t i) const {
+  // Where query i of a unit lies: rows outside, heads of the group inside.
+  int64_t Offset(const Unit& unit, int64_t i) const {
     const int64_t group = heads / kv_heads;
-    return q + ((unit.first_row + i / group) * heads + unit.kv_head * group + i % group) * head_dim;
+    return ((unit.first_row + i / group) * heads + unit.kv_head * group + i % group) * head_dim;
+  }
+
+  // What the sums, taken relative to `top`, are multiplied by when a sink joins the denominator.
+  static float InverseWithSink(float top, float total, float sink) {
+    const float high = std::max(top, sink);
+    const float kept = Exp(Splat(top - high))[0], added = Exp(Splat(sink - high))[0];
+    return kept / (total * kept + added);
+  }
+
+  // Soft cap of all scores of a block: c * tanh(score / c).
+  void Cap(float* scores, int64_t n) const {
+    for (int64_t i = 0; i < n; i += kLanes) Store(scores + i, Tanh(Load(scores + i) / softcap) * softcap);
   }
 
   // kQueries rows of scores: query . key for all tokens of the block.
@@ -233,7 +286,7 @@ struct Attention {
   }
 
   // out[i] += sum over tokens of weight * value, for kQueries queries, four registers of the head at a time.
-  void AddValues(const float* weights, const float* const* values, int64_t count, float* out) const {
+  void AddValues(const float* weights, const Cached* const* values, int64_t count, float* out) const {
     for (int64_t d = 0; d < head_dim; d += 4 * kLanes) {
       const int64_t vecs = std::min<int64_t>(4, (head_dim - d) / kLanes);
       vecs == 4 ? AddSlab<4>(weights, values, count, out + d, d)
@@ -244,7 +297,7 @@ struct Attention {
   }
 
   template <int kVecs>
-  void AddSlab(const float* weights, const float* const* values, int64_t count, float* out, int64_t d) const {
+  void AddSlab(const float* weights, const Cached* const* values, int64_t count, float* out, int64_t d) const {
     Vec sum[kQueries][kVecs];
     for (int64_t i = 0; i < kQueries; ++i) {
       for (int64_t v = 0; v < kVecs; ++v) sum[i][v] = Load(out + i * head_dim + v * kLanes);
@@ -266,29 +319,25 @@ struct Attention {
   }
 };
 
-using Heads = ffi::Buffer<ffi::F32, 3>;
-using Cache = ffi::Buffer<ffi::F32, 5>;
 using Tables = ffi::Buffer<ffi::S32, 2>;
 using Integers = ffi::Buffer<ffi::S32, 1>;
 using Integer = ffi::BufferR0<ffi::S32>;
+using Sinks = ffi::Buffer<ffi::F32, 1>;
 
-ffi::Error PagedAttention(ffi::ThreadPool pool, Heads q, Cache kv, Integer layer,
-                          Integer window, Tables tables, Integers kv_lens, Integers starts, float scale,
-                          ffi::Result<Heads> out) {
+template <typename Query, typename Cached>
+ffi::Error Run(ffi::ThreadPool& pool, ffi::AnyBuffer q, ffi::AnyBuffer kv, Integer layer, Integer window, Tables tables,
+               Integers kv_lens, Integers starts, Sinks sinks, float scale, float softcap, ffi::AnyBuffer out) {
   const auto qs = q.dimensions(), ks = kv.dimensions(), ts = tables.dimensions();
-  const int64_t sequences = ts[0], rows = qs[0], kv_heads = ks[3] / 2, group = qs[1] / std::max<int64_t>(kv_heads, 1);
-  if (qs[2] != ks[4] || qs[2] % kLanes || kv_heads == 0 || ks[3] % 2 || qs[1] % kv_heads ||
-      kv_lens.dimensions()[0] != sequences || starts.dimensions()[0] != sequences + 1) {
-    return ffi::Error::InvalidArgument("paged_attention: shapes of q, kv and the batch do not fit");
-  }
-  auto work = std::make_shared<Attention>();
+  const int64_t sequences = ts[0], rows = qs[0], kv_heads = ks[3] / 2, group = qs[1] / kv_heads;
+  auto work = std::make_shared<Attention<Query, Cached>>();
   const int64_t chosen = std::clamp<int64_t>(*layer.typed_data(), 0, ks[0] - 1);
-  work->q = q.typed_data();
-  work->kv = kv.typed_data() + chosen * ks[1] * ks[2] * ks[3] * ks[4];
+  work->q = static_cast<const Query*>(q.untyped_data());
+  work->kv = static_cast<const Cached*>(kv.untyped_data()) + chosen * ks[1] * ks[2] * ks[3] * ks[4];
   work->tables = tables.typed_data();
   work->kv_lens = kv_lens.typed_data();
   work->starts = starts.typed_data();
-  work->out = out->typed_data();
+  work->sinks = sinks.element_count() ? sinks.typed_data() : nullptr;
+  work->out = static_cast<Query*>(out.untyped_data());
   work->heads = qs[1];
   work->kv_heads = kv_heads;
   work->head_dim = qs[2];
@@ -296,6 +345,7 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, Heads q, Cache kv, Integer layer
   work->table_pages = ts[1];
   work->window = *window.typed_data();
   work->scale = scale;
+  work->softcap = softcap;
   const int64_t unit_rows = std::max<int64_t>(1, kUnitQueries / group);
   int64_t tokens = 0;
   for (int64_t s = 0; s < sequences; ++s) {
@@ -313,7 +363,7 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, Heads q, Cache kv, Integer layer
     }
   }
   const int64_t used = sequences ? work->starts[sequences] : 0;
-  std::memset(work->out + used * qs[1] * qs[2], 0, (rows - used) * qs[1] * qs[2] * sizeof(float));
+  std::memset(work->out + used * qs[1] * qs[2], 0, (rows - used) * qs[1] * qs[2] * sizeof(Query));
   // Less than this is not worth waking another thread.
   const int64_t worth = tokens * qs[1] * qs[2] < (1 << 16) ? 1 : static_cast<int64_t>(work->units.size());
   const int64_t helpers = std::min<int64_t>(pool.num_threads(), worth) - 1;
@@ -325,17 +375,39 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, Heads q, Cache kv, Integer layer
   return ffi::Error::Success();
 }
 
+ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer kv, Integer layer, Integer window,
+                          Tables tables, Integers kv_lens, Integers starts, Sinks sinks, float scale, float softcap,
+                          ffi::Result<ffi::AnyBuffer> out) {
+  const auto qs = q.dimensions(), ks = kv.dimensions();
+  if (qs.size() != 3 || ks.size() != 5 || qs[2] != ks[4] || qs[2] % kLanes || ks[3] < 2 || ks[3] % 2 || qs[1] % (ks[3] / 2) ||
+      kv_lens.dimensions()[0] != tables.dimensions()[0] || starts.dimensions()[0] != tables.dimensions()[0] + 1 ||
+      (sinks.element_count() && static_cast<int64_t>(sinks.element_count()) != qs[1])) {
+    return ffi::Error::InvalidArgument("paged_attention: shapes of q, kv, sinks and the batch do not fit");
+  }
+  const auto run = [&](auto form) {
+    return form(pool, q, kv, layer, window, tables, kv_lens, starts, sinks, scale, softcap, *out);
+  };
+  if (out->element_type() == q.element_type()) {
+    if (q.element_type() == ffi::F32 && kv.element_type() == ffi::F32) return run(Run<float, float>);
+    if (q.element_type() == ffi::F32 && kv.element_type() == ffi::BF16) return run(Run<float, Bf16>);
+    if (q.element_type() == ffi::BF16 && kv.element_type() == ffi::BF16) return run(Run<Bf16, Bf16>);
+  }
+  return ffi::Error::InvalidArgument("paged_attention: expected float32, or bfloat16 with a bfloat16 cache");
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxstackPagedAttention, PagedAttention,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<Heads>()
-                                  .Arg<Cache>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<Integer>()
                                   .Arg<Integer>()
                                   .Arg<Tables>()
                                   .Arg<Integers>()
                                   .Arg<Integers>()
+                                  .Arg<Sinks>()
                                   .Attr<float>("scale")
-                                  .Ret<Heads>());
+                                  .Attr<float>("softcap")
+                                  .Ret<ffi::AnyBuffer>());

@@ -17,12 +17,12 @@ _MASKED = -1e30
 KEY_BLOCK = 128
 
 
-def paged_attention(q, kv, layer, batch, *, scale, window):
+def paged_attention(q, kv, layer, batch, *, scale, window, softcap=None, sinks=None):
     sequences = batch.kv_lens.shape[0]
-    decoded = _decode(q[:sequences], kv, layer, batch, scale, window)
+    decoded = _decode(q[:sequences], kv, layer, batch, scale, window, softcap, sinks)
     if batch.item_sequence.shape[0] == 0:
         return decoded
-    out = _chunks(q, kv, layer, batch, scale, window)
+    out = _chunks(q, kv, layer, batch, scale, window, softcap, sinks)
     is_decode = (jnp.arange(sequences) < batch.num_decodes)[:, None, None]
     return out.at[:sequences].set(jnp.where(is_decode, decoded, out[:sequences]))
 
@@ -48,7 +48,22 @@ def _owned(values, written):
     return jnp.where(written[..., None, None], values, 0)
 
 
-def _decode(q, kv, layer, batch, scale, window):
+def _capped(scores, softcap):
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
+def _start(shape, sinks):
+    """Largest score, sum of weights and weighted sum of values before the first key: a sink counts as one key without
+    a value."""
+    if sinks is None:
+        top, total = jnp.full(shape[:-1], _MASKED, jnp.float32), jnp.zeros(shape[:-1], jnp.float32)
+    else:
+        top = jnp.broadcast_to(sinks.astype(jnp.float32), shape[:-1])
+        total = jnp.ones(shape[:-1], jnp.float32)
+    return top, total, jnp.zeros(shape, jnp.float32)
+
+
+def _decode(q, kv, layer, batch, scale, window, softcap, sinks):
     sequences, heads, head_dim = q.shape
     kv_heads = kv.shape[3] // 2
     pages = _pages_per_block(kv, batch)
@@ -62,6 +77,7 @@ def _decode(q, kv, layer, batch, scale, window):
         table = jax.lax.dynamic_slice_in_dim(tables, i * pages, pages, axis=1)
         keys, values = _split(kv[layer, table], kv_heads)  # [S, tokens, KV, hd]
         scores = jnp.einsum("skgd,stkd->skgt", grouped, keys, preferred_element_type=jnp.float32)
+        scores = _capped(scores, softcap)
         token = i * tokens + jnp.arange(tokens)
         values = _owned(values, token < length[:, None])
         visible = (token < length[:, None]) & (token >= length[:, None] - window)
@@ -76,16 +92,12 @@ def _decode(q, kv, layer, batch, scale, window):
 
     first = jnp.maximum(jnp.min(jnp.where(length > 0, length - window, 2**30)), 0) // tokens
     last = -(-jnp.max(length) // tokens)
-    start = (
-        jnp.full(grouped.shape[:3], _MASKED, jnp.float32),
-        jnp.zeros(grouped.shape[:3], jnp.float32),
-        jnp.zeros(grouped.shape, jnp.float32),
-    )
+    start = _start(grouped.shape, None if sinks is None else sinks.reshape(kv_heads, -1))
     _, total, out = jax.lax.fori_loop(first, last, block, start)
     return (out / jnp.maximum(total, 1e-30)[..., None]).reshape(q.shape).astype(q.dtype)
 
 
-def _chunks(q, kv, layer, batch, scale, window):
+def _chunks(q, kv, layer, batch, scale, window, softcap, sinks):
     rows, heads, head_dim = q.shape
     kv_heads = kv.shape[3] // 2
     group = heads // kv_heads
@@ -110,6 +122,7 @@ def _chunks(q, kv, layer, batch, scale, window):
             table = jax.lax.dynamic_slice(tables, (sequence, i * pages), (1, pages))[0]
             keys, values = _split(kv[layer, table], kv_heads)  # [tokens, KV, hd]
             scores = jnp.einsum("kqd,tkd->kqt", query, keys, preferred_element_type=jnp.float32)
+            scores = _capped(scores, softcap)
             token = i * tokens + jnp.arange(tokens)
             values = _owned(values, token < batch.kv_lens[sequence])
             visible = (token <= position[:, None]) & (token > position[:, None] - window)
@@ -124,11 +137,7 @@ def _chunks(q, kv, layer, batch, scale, window):
             return higher, total * scaled + weights.sum(-1), out
 
         first = jnp.maximum(position[0] - window + 1, 0) // tokens
-        start = (
-            jnp.full(query.shape[:2], _MASKED, jnp.float32),
-            jnp.zeros(query.shape[:2], jnp.float32),
-            jnp.zeros(query.shape, jnp.float32),
-        )
+        start = _start(query.shape, None if sinks is None else jnp.repeat(sinks.reshape(kv_heads, -1), QUERY_BLOCK, 1))
         _, total, result = jax.lax.fori_loop(first, -(-final // tokens), block, start)
         result = result / jnp.maximum(total, 1e-30)[..., None]
         result = result.reshape(kv_heads, group, QUERY_BLOCK, head_dim).transpose(2, 0, 1, 3)

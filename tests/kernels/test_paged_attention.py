@@ -53,26 +53,73 @@ def test_blocked_equals_dense_equals_float64(case, group, window):
     for name in FORMS:
         np.testing.assert_allclose(forms[name], forms["ref"], atol=2e-6, err_msg=name)
 
-    row = 0
+    np.testing.assert_allclose(forms["ref"], exact(q, kv[1], tables, total, new, window), atol=2e-6)
+
+
+def exact(q, kv, tables, total, new, window, softcap=None, sinks=None):
+    """The definition, in float64: one softmax for each row and head."""
+    out = []
+    group = q.shape[1] // KV_HEADS
     for s, (length, count) in enumerate(zip(total, new)):
-        cached = kv[1, np.asarray(tables)[s]].reshape(-1, 2 * KV_HEADS, HEAD_DIM).astype(np.float64)
-        for i in range(count):
-            position = length - count + i
+        cached = kv[np.asarray(tables)[s]].reshape(-1, 2 * KV_HEADS, HEAD_DIM).astype(np.float64)
+        for position in range(length - count, length):
             seen = slice(max(0, position - window + 1), position + 1)
-            for h in range(KV_HEADS * group):
+            for h in range(q.shape[1]):
                 keys, values = cached[seen, 2 * (h // group)], cached[seen, 2 * (h // group) + 1]
-                weights = np.exp(keys @ q[row, h] * 0.3 - (keys @ q[row, h] * 0.3).max())
-                exact = weights @ values / weights.sum()
-                np.testing.assert_allclose(forms["ref"][row, h], exact, atol=2e-6)
-            row += 1
+                scores = keys @ q[len(out) // q.shape[1], h] * 0.3
+                if softcap is not None:
+                    scores = softcap * np.tanh(scores / softcap)
+                sink = -np.inf if sinks is None else sinks[h]
+                top = max(scores.max(), sink)
+                weights = np.exp(scores - top)
+                out.append(weights @ values / (weights.sum() + np.exp(sink - top)))
+    return np.reshape(out, (-1, *q.shape[1:]))
 
 
 attention = jax.jit(
-    lambda q, kv, layer, described, window, name: paged_attention(
-        q, kv, layer, described, scale=0.3, window=window, implementation=name
+    lambda q, kv, layer, described, window, name, softcap=None, sinks=None: paged_attention(
+        q, kv, layer, described, scale=0.3, window=window, softcap=softcap, sinks=sinks, implementation=name
     ),
-    static_argnums=5,
+    static_argnums=(5, 6),
 )
+
+
+@pytest.mark.parametrize("softcap, with_sinks", [(1.5, False), (None, True), (20.0, True)])
+def test_softcap_and_sinks_equal_float64(softcap, with_sinks):
+    rng = np.random.default_rng(7)
+    tables, described, n, total, new = batch(rng, [5, 190], [(2, 3), (40, 40)], 256)
+    kv = rng.normal(size=(1, PAGES + 1, PAGE, 2 * KV_HEADS, HEAD_DIM)).astype(np.float32)
+    q = rng.normal(size=(256, KV_HEADS * 3, HEAD_DIM)).astype(np.float32)
+    q[:n] *= np.geomspace(0.01, 30, n)[:, None, None]  # scores from far below the cap to far above
+    # From one that takes nearly all weight to one that takes none.
+    sinks = np.linspace(40, -40, KV_HEADS * 3).astype(np.float32) if with_sinks else None
+    wanted = exact(q, kv[0], tables, total, new, 64, softcap, sinks)
+    for name in FORMS:
+        found = attention(jnp.asarray(q), jnp.asarray(kv), 0, described, 64, name, softcap, sinks)
+        np.testing.assert_allclose(np.asarray(found)[:n], wanted, atol=2e-5, err_msg=name)
+
+
+def test_bad_softcap_and_sinks_are_refused():
+    _, described, *_ = batch(np.random.default_rng(0), [1], [], SEQUENCES)
+    q, kv = jnp.ones((SEQUENCES, 4, HEAD_DIM)), jnp.ones((1, PAGES + 1, PAGE, 2 * KV_HEADS, HEAD_DIM))
+    with pytest.raises(ValueError, match=r"softcap: found 0.0"):
+        paged_attention(q, kv, 0, described, scale=1.0, softcap=0.0)
+    with pytest.raises(ValueError, match=r"sinks: found shape \(3,\)"):
+        paged_attention(q, kv, 0, described, scale=1.0, sinks=jnp.ones(3))
+
+
+@pytest.mark.skipif(bool(cpu.why_not()), reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_bfloat16_cache_is_read_as_it_is_and_computed_in_float32(dtype):
+    """The same bits as the float32 form gives for the same numbers; bfloat16 results are those, rounded once."""
+    rng = np.random.default_rng(3)
+    _, described, n, *_ = batch(rng, [5, 190], [(2, 3), (70, 40)], 256)
+    kv = jnp.asarray(rng.normal(size=(2, PAGES + 1, PAGE, 2 * KV_HEADS, 2 * HEAD_DIM)), jnp.bfloat16)
+    q = jnp.asarray(rng.normal(size=(256, KV_HEADS * 3, 2 * HEAD_DIM)), dtype)
+    found = attention(q, kv, 1, described, 70, "cpu")
+    wanted = attention(q.astype(jnp.float32), kv.astype(jnp.float32), 1, described, 70, "cpu").astype(dtype)
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(found, np.float32)[:n], np.asarray(wanted, np.float32)[:n])
 
 
 @pytest.mark.parametrize("name", FORMS[1:])
@@ -88,12 +135,14 @@ def test_rows_past_the_batch_are_finite_and_old_garbage_in_pages_reaches_nobody(
 
 
 @pytest.mark.skipif(bool(cpu.why_not()), reason="no C++ compiler")
-def test_the_compiled_form_gives_a_query_the_same_bits_in_every_batch():
+@pytest.mark.parametrize("dtype, softcap, sink", [(jnp.float32, None, None), (jnp.bfloat16, 2.0, 0.5)])
+def test_the_compiled_form_gives_a_query_the_same_bits_in_every_batch(dtype, softcap, sink):
     """Alone as a decode row, or as part of a chunk of any size that ends anywhere: the very same numbers."""
     rng = np.random.default_rng(1)
     length = 150
     tables, *_ = batch(rng, [], [], 256)
-    kv = jnp.asarray(rng.normal(size=(2, PAGES + 1, PAGE, 2 * KV_HEADS, HEAD_DIM)), jnp.float32)
+    kv = jnp.asarray(rng.normal(size=(2, PAGES + 1, PAGE, 2 * KV_HEADS, HEAD_DIM)), dtype)
+    sinks = None if sink is None else jnp.full(KV_HEADS * 3, sink)
     queries = rng.normal(size=(length, KV_HEADS * 3, HEAD_DIM)).astype(np.float32)
 
     def run(first, end):
@@ -107,7 +156,7 @@ def test_the_compiled_form_gives_a_query_the_same_bits_in_every_batch():
         described = ragged(tables, as32(lens), as32(starts), jnp.int32(decodes), rows=256)
         q = np.zeros((256, KV_HEADS * 3, HEAD_DIM), np.float32)
         q[: end - first] = queries[first:end]
-        return np.asarray(attention(jnp.asarray(q), kv, 1, described, 70, "cpu"))[: end - first]
+        return np.asarray(attention(jnp.asarray(q), kv, 1, described, 70, "cpu", softcap, sinks))[: end - first]
 
     whole = run(0, length)
     for first, end in [(0, 64), (10, 90), (63, 65), (64, 128), (149, 150), (5, 6), (70, 71), (100, 150)]:
