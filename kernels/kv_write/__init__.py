@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels.kv_write import ref, xla
+from kernels.platforms import implementation_for
 
 Implementation = Literal["ref", "xla"]
 
@@ -37,11 +38,8 @@ def kv_write(
     rows, kv_heads, head_dim = k.shape
     if k.shape != v.shape or cache.shape[3:] != (2 * kv_heads, head_dim) or slots.shape != (rows,):
         raise ValueError(f"kv_write: k {k.shape}, v {v.shape} and slots {slots.shape} do not fit cache {cache.shape}")
-    if implementation is None:
-        implementation = "xla"
-    if implementation not in _FORMS:
-        raise ValueError(f"implementation: found {implementation!r}, expected one of {', '.join(_FORMS)}")
-    return _FORMS[implementation](cache, k, v, jnp.asarray(layer, jnp.int32), slots.astype(jnp.int32))
+    form = implementation_for("kv_write", implementation, _FORMS)
+    return _FORMS[form](cache, k, v, jnp.asarray(layer, jnp.int32), slots.astype(jnp.int32))
 
 
 _FORMS = {"ref": ref.kv_write, "xla": xla.kv_write}

@@ -8,12 +8,12 @@ tokens in the cache. The first `num_decodes` sequences have one row each.
 
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels.paged_attention import cpu, ref, xla
 from kernels.paged_attention.ragged import QUERY_BLOCK, Ragged, ragged
+from kernels.platforms import implementation_for
 
 Implementation = Literal["ref", "xla", "cpu"]
 
@@ -39,12 +39,12 @@ def paged_attention(
       softcap: c > 0 turns every score s into c * tanh(s / c) (Gemma 2); None leaves them.
       sinks: one logit a head that joins the softmax as a key without a value (gpt-oss); None for none.
       implementation: "ref" (dense, the oracle), "xla" (blocked, cost follows the real lengths) or "cpu" (compiled C++:
-        float32 or bfloat16, computing in float32, head_dim a multiple of 16; a row's result does not depend on the rows beside it). None picks "cpu"
-        where it can, else "xla".
+        float32 or bfloat16 computed in float32, head_dim a multiple of 16; a row's result does not depend on the rows
+        beside it). None picks "cpu" where it can, else "xla".
 
     Raises:
-      ValueError: shapes that do not fit, or an unknown implementation.
-      RuntimeError: "cpu" was asked for and cannot be had here.
+      ValueError: shapes that do not fit, or an implementation that does not exist or cannot take them.
+      RuntimeError: an implementation was asked for that cannot run on this platform.
     """
     if q.shape[-1] != kv.shape[-1]:
         raise ValueError(f"head_dim of q is {q.shape[-1]}, of the cache {kv.shape[-1]}")
@@ -52,14 +52,15 @@ def paged_attention(
         raise ValueError(f"softcap: found {softcap}, expected a positive number or None")
     if sinks is not None and sinks.shape != q.shape[1:2]:
         raise ValueError(f"sinks: found shape {sinks.shape}, expected one logit a head, ({q.shape[1]},)")
-    if implementation is None:
-        on_cpu = jax.default_backend() == "cpu" and cpu.handles(q, kv) and not cpu.why_not()
-        implementation = "cpu" if on_cpu else "xla"
-    if implementation not in _FORMS:
-        raise ValueError(f"implementation: found {implementation!r}, expected one of {', '.join(_FORMS)}")
+    form = implementation_for("paged_attention", implementation, _FORMS, lambda form: _refuses(form, q, kv))
     window = jnp.asarray(window, jnp.int32)
-    form = _FORMS[implementation]
-    return form(q, kv, jnp.asarray(layer, jnp.int32), batch, scale=scale, window=window, softcap=softcap, sinks=sinks)
+    arrays = (q, kv, jnp.asarray(layer, jnp.int32), batch)
+    return _FORMS[form](*arrays, scale=scale, window=window, softcap=softcap, sinks=sinks)
+
+
+def _refuses(form: str, q, kv) -> str:
+    """Why `form` cannot take these arrays, in one line; empty if it can."""
+    return cpu.refuses(q, kv) if form == "cpu" else ""
 
 
 _FORMS = {"ref": ref.paged_attention, "xla": xla.paged_attention, "cpu": cpu.paged_attention}

@@ -16,20 +16,16 @@ kernel = NativeKernel(
 why_not = kernel.why_not
 
 
-def handles(q, kv) -> bool:
-    """Whether the compiled kernel was written for these arrays."""
-    dtypes = (q.dtype, kv.dtype) in ((jnp.float32,) * 2, (jnp.bfloat16,) * 2, (jnp.float32, jnp.bfloat16))
-    return dtypes and q.shape[-1] % _LANES == 0
+def refuses(q, kv) -> str:
+    """Why the compiled kernel cannot take these arrays, in one line; empty if it can."""
+    if (q.dtype, kv.dtype) not in ((jnp.float32,) * 2, (jnp.bfloat16,) * 2, (jnp.float32, jnp.bfloat16)):
+        return f"found {q.dtype} over a cache of {kv.dtype}, expected float32, or bfloat16 over bfloat16"
+    if q.shape[-1] % _LANES:
+        return f"found head_dim {q.shape[-1]}, expected a multiple of {_LANES}"
+    return why_not()
 
 
 def paged_attention(q, kv, layer, batch, *, scale, window, softcap=None, sinks=None):
-    if not handles(q, kv):
-        raise ValueError(
-            f"implementation='cpu': found {q.dtype} over a {kv.dtype} cache, head_dim {q.shape[-1]}; "
-            f"expected float32, or bfloat16 over a bfloat16 cache, a multiple of {_LANES}"
-        )
-    if reason := why_not():
-        raise RuntimeError(f"paged_attention: implementation='cpu' is not available: {reason}")
     call = jax.ffi.ffi_call(kernel.target, jax.ShapeDtypeStruct(q.shape, q.dtype))
     sinks = jnp.zeros(0, jnp.float32) if sinks is None else sinks.astype(jnp.float32)
     arrays = (q, kv, layer, window, batch.block_tables, batch.kv_lens, batch.query_starts, sinks)
