@@ -1,0 +1,28 @@
+"""The fast forms with their gradient, which is that of the dense form: a loop with a dynamic trip count has none."""
+
+import functools
+
+import jax
+import numpy as np
+
+from kernels.lora_matmul import xla
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def lora_matmul(form, x, a, b, scale, adapter_of_row, layer):
+    """`form` of the operation; see the package."""
+    return xla.lora_matmul(x, a, b, scale, adapter_of_row, layer)
+
+
+def _keep(form, *arguments):
+    return lora_matmul(form, *arguments), arguments
+
+
+def _pull_back(form, arguments, out_gradient):
+    *floating, adapter_of_row, layer = arguments
+    _, pull_back = jax.vjp(lambda *floating: xla.dense(*floating, adapter_of_row, layer), *floating)
+    no_gradient = [np.zeros(index.shape, jax.dtypes.float0) for index in (adapter_of_row, layer)]
+    return *pull_back(out_gradient), *no_gradient
+
+
+lora_matmul.defvjp(_keep, _pull_back)
