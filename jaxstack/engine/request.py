@@ -337,6 +337,9 @@ class Sequence:
     Tokens `[0, computed)` have their keys and values in the cache; the first `shared_pages` entries of `pages` belong
     to the radix tree and are kept alive by the lock on `node`, the others are private to this sequence. `keys` are the
     tokens of its whole pages, grown as needed. This is what a scheduling policy sees.
+
+    Steps are launched ahead of their results: `pending` tokens have been drawn that are not in `tokens` yet, and
+    `in_flight` launched rows have not settled. `computed` counts launched rows.
     """
 
     request: Request
@@ -350,6 +353,8 @@ class Sequence:
     slot: int = -1
     keys: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
     finish_reason: FinishReason | None = None
+    pending: int = 0
+    in_flight: int = 0
 
     @property
     def request_id(self) -> str:
@@ -373,6 +378,16 @@ class Sequence:
         return len(self.tokens) - len(self.request.prompt)
 
     @property
+    def length(self) -> int:
+        """Tokens, those drawn and not yet read among them."""
+        return len(self.tokens) + self.pending
+
+    @property
     def remaining(self) -> int:
         """Tokens whose keys and values are still to be computed; 1 means a decode step."""
-        return len(self.tokens) - self.computed
+        return self.length - self.computed
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last token allowed has been drawn, read or not: no further step is needed."""
+        return self.length - len(self.request.prompt) >= self.request.max_tokens

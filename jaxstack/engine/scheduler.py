@@ -4,8 +4,14 @@ One step: decode rows first (so that a long prompt never delays a running answer
 that are partly computed, then new ones as the policy orders them, each as far as the token budget, the slots and the
 pages go. When a running sequence needs a page and none is left, cached prefixes are evicted, then the policy's victim
 is preempted: its whole pages go to the prefix cache, so that coming back is mostly a cache hit.
+
+A step is planned while the one before it still runs. So a plan counts on tokens that nobody has read yet
+(`Sequence.pending`), and three calls frame a step: `plan`, `launched` when the device has been given it, `settled` when
+its results are on the host. No page goes back to the pool while a launched step may still write it: a sequence that
+ends keeps its pages until its last row has settled, and nobody is preempted before the step in flight has.
 """
 
+import collections
 import dataclasses
 import time
 from collections.abc import Callable
@@ -35,6 +41,10 @@ class StepPlan:
     @property
     def tokens(self) -> int:
         return sum(row.count for row in self.rows)
+
+
+class _Unsettled(Exception):
+    """Pages are short, and the step in flight must settle before anything can be taken from anyone."""
 
 
 @dataclasses.dataclass
@@ -78,9 +88,13 @@ class Scheduler:
         self.tree = RadixTree(self.pool, page_size)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.closing: list[Sequence] = []  # finished, but a launched step still writes their pages
         self.counters = SchedulerCounters()
         self._clock = clock
         self._slots = list(range(max_sequences - 1, -1, -1))
+        self._steps_launched = self._steps_settled = 0
+        # Pages to free once the step of that number has settled.
+        self._retired: collections.deque[tuple[int, list[int]]] = collections.deque()
 
     # What a policy may look at (`SchedulerView`).
 
@@ -97,53 +111,79 @@ class Scheduler:
         keys = self._keys(request, self._sharable(request))
         return self.tree.peek(keys, request.request.namespace) * self.page_size
 
-    # The way of a sequence: add, plan and commit (again and again), finish.
+    @property
+    def in_flight(self) -> bool:
+        """Whether a launched step has not settled."""
+        return self._steps_launched > self._steps_settled
+
+    # The way of a sequence: add, then plan, launched and settled (again and again), finish.
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
-    def plan(self) -> StepPlan:
-        """The next step's rows, with pages allocated for every one of them. Empty when there is nothing to do."""
+    def plan(self) -> StepPlan | None:
+        """The next step's rows, with pages allocated for every one of them. Empty when there is nothing to do.
+
+        None: pages are short and a step is in flight. Settle it (it may free some), then plan again.
+        """
         rows: dict[Sequence, Row] = {}
-        decoding = [s for s in self.running if s.remaining == 1]
-        prefilling = [s for s in self.running if s.remaining > 1]
-        budget = self.max_batch_tokens
-        for sequence in decoding:
-            if sequence.slot >= 0 and self._reserve(sequence, len(sequence.tokens), rows):
-                rows[sequence] = Row(sequence, sequence.computed, 1, True)
-                budget -= 1
-        for sequence in prefilling:
-            budget -= self._chunk(sequence, budget, rows)
-        if self.waiting and budget > 0 and self._slots:
-            self._admit(budget, rows)
+        try:
+            self._fill(rows)
+        except _Unsettled:
+            return None
         chosen = list(rows.values())
         decodes = [r for r in chosen if r.count == 1 and r.samples]
         chunks = [r for r in chosen if not (r.count == 1 and r.samples)]
         return StepPlan(decodes + chunks, len(decodes))
 
-    def commit(self, plan: StepPlan) -> None:
-        """The step is over: its keys and values are in the cache. New prompt pages become shareable at once."""
+    def launched(self, plan: StepPlan) -> None:
+        """The device has been given the step. Steps run one after the other, so what this one writes is there for the
+        next: new prompt pages become shareable at once.
+        """
+        self._steps_launched += 1
         for row in plan.rows:
             sequence = row.sequence
-            if sequence.slot < 0:
-                continue
             sequence.computed = row.start + row.count
+            sequence.in_flight += 1
+            sequence.pending += row.samples
             if row.count > 1 or not row.samples:
                 self._share(sequence)
-            fresh = max(0, min(sequence.computed, len(sequence.request.prompt)) - row.start)
-            self.policy.on_tokens(sequence, fresh, int(row.samples))
 
-    def finish(self, sequence: Sequence, *, keep: bool = True) -> None:
-        """Takes `sequence` out and frees its pages; with `keep` its whole pages stay in the prefix cache."""
+    def settled(self, plan: StepPlan) -> None:
+        """The oldest step in flight is over. Its drawn tokens are the caller's to append to `Sequence.tokens`, except
+        those of sequences that have finished meanwhile.
+        """
+        self._steps_settled += 1
+        for row in plan.rows:
+            sequence = row.sequence
+            sequence.in_flight -= 1
+            sequence.pending -= row.samples
+            if sequence.finish_reason is None:
+                fresh = max(0, min(row.start + row.count, len(sequence.request.prompt)) - row.start)
+                self.policy.on_tokens(sequence, fresh, int(row.samples))
+            elif not sequence.in_flight and sequence in self.closing:
+                self.closing.remove(sequence)
+                self._release(sequence, keep=sequence.finish_reason != "error")
+        while self._retired and self._retired[0][0] <= self._steps_settled:
+            self.pool.release(self._retired.popleft()[1])
+
+    def finish(self, sequence: Sequence) -> None:
+        """Takes `sequence`, whose `finish_reason` is set, out. Its pages are freed when no launched step writes them
+        any more, the whole ones into the prefix cache unless it ended in an error.
+        """
         if sequence.slot < 0:
             self.waiting.remove(sequence)
         else:
-            self._release(sequence, keep=keep)
             self.running.remove(sequence)
+            if sequence.in_flight:
+                self.closing.append(sequence)
+            else:
+                self._release(sequence, keep=sequence.finish_reason != "error")
         self.policy.on_finish(sequence)
 
     def preempt(self, sequence: Sequence) -> None:
         """`sequence` gives up its pages and waits again; it will recompute what the prefix cache has lost by then."""
+        assert not self.in_flight
         self._release(sequence, keep=True)
         self.running.remove(sequence)
         self.waiting.append(sequence)
@@ -151,7 +191,9 @@ class Scheduler:
 
     def check_accounting(self) -> None:
         """Raises AssertionError unless every page is free, the tree's, or private to exactly one sequence."""
-        private = [page for s in self.running for page in s.pages[s.shared_pages :]]
+        alive = self.running + self.closing
+        private = [page for s in alive for page in s.pages[s.shared_pages :]]
+        private += [page for _, pages in self._retired for page in pages]
         shared = [page for node in self.tree.nodes() for page in node.pages]
         assert len(private) == len(set(private)) == self.pool.private, "private pages"
         assert len(shared) == len(set(shared)) == self.pool.tree, "tree pages"
@@ -159,9 +201,23 @@ class Scheduler:
         assert self.pool.free + len(private) + len(shared) == self.pool.size, "pages lost"
         locked = sum(len(node.pages) for node in self.tree.nodes() if node.lock)
         assert self.tree.evictable == len(shared) - locked, "evictable count"
-        assert all(s.pages[: s.shared_pages] == self._path(s.node) for s in self.running if s.node), "shared prefix"
+        assert all(s.pages[: s.shared_pages] == self._path(s.node) for s in alive if s.node), "shared prefix"
 
     # Inside.
+
+    def _fill(self, rows: dict[Sequence, Row]) -> None:
+        ready = [s for s in self.running if not s.complete]
+        decoding = [s for s in ready if s.remaining == 1]
+        prefilling = [s for s in ready if s.remaining > 1]
+        budget = self.max_batch_tokens
+        for sequence in decoding:
+            if sequence.slot >= 0 and self._reserve(sequence, sequence.length, rows):
+                rows[sequence] = Row(sequence, sequence.computed, 1, True)
+                budget -= 1
+        for sequence in prefilling:
+            budget -= self._chunk(sequence, budget, rows)
+        if self.waiting and budget > 0 and self._slots:
+            self._admit(budget, rows)
 
     def _chunk(self, sequence: Sequence, budget: int, rows: dict[Sequence, Row]) -> int:
         """Plans as much of a prompt as `budget` allows; returns the tokens planned."""
@@ -222,6 +278,8 @@ class Scheduler:
         while need > self.pool.free:
             if self.tree.evict(need - self.pool.free):
                 continue
+            if self.in_flight:
+                raise _Unsettled
             oldest = min(self.running, key=lambda s: s.order)
             victim = self.policy.victim([s for s in self.running if s is not oldest])
             assert isinstance(victim, Sequence)
@@ -235,18 +293,25 @@ class Scheduler:
 
     def _share(self, sequence: Sequence) -> None:
         """Puts the whole computed pages of `sequence` into the tree and locks them there."""
-        full = sequence.computed // self.page_size
+        full = min(sequence.computed, len(sequence.tokens)) // self.page_size
         if not self.prefix_caching or full <= sequence.shared_pages:
             return
         match = self.tree.insert(self._keys(sequence, full), sequence.pages[:full], sequence.request.namespace)
         for i in range(sequence.shared_pages, full):
             if match.pages[i] != sequence.pages[i]:  # another sequence was first: use its page, free ours
-                self.pool.release([sequence.pages[i]])
+                self._retire([sequence.pages[i]])
                 sequence.pages[i] = match.pages[i]
         self.tree.lock(match.node)
         if sequence.node is not None:
             self.tree.unlock(sequence.node)
         sequence.node, sequence.shared_pages = match.node, full
+
+    def _retire(self, pages: list[int]) -> None:
+        """Frees private pages once every step launched so far has settled."""
+        if self.in_flight:
+            self._retired.append((self._steps_launched, pages))
+        else:
+            self.pool.release(pages)
 
     def _release(self, sequence: Sequence, *, keep: bool) -> None:
         if keep:
