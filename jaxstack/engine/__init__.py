@@ -1,13 +1,14 @@
 """ONE replica: requests in, tokens out.
 
-`engine.py` takes requests and hands out tokens; `scheduler.py` decides what a step computes, with a policy from
-`scheduling/` and pages and cached prefixes from `memory/` (all three plain Python, no jax); `batch.py` packs the
-decision into arrays of a fixed shape; `runner.py` owns the device arrays and runs the compiled step, which calls the
-model and `sampling.py`; `detokenise.py` makes text.
+`engine.py` takes requests in and owns the threads; `pipeline.py` runs one step after the other, each started before the
+last one's results are read. In a step, `scheduler.py` decides what to compute, with a policy from `scheduling/` and
+pages and cached prefixes from `memory/` (all three plain Python, no jax); `batch.py` and `draws.py` pack the decision
+into arrays of a fixed shape; `runner.py` owns the device arrays and runs the compiled programs, which call the model
+and `sampling.py`; `answers.py` turns tokens into answers, with `detokenise.py` making the text.
 """
 
 from jaxstack.engine.config import EngineConfig
-from jaxstack.engine.engine import Engine, EngineDead, EngineStats, PromptTooLong, QueueFull
+from jaxstack.engine.engine import Engine, EngineDead, PromptTooLong, QueueFull
 from jaxstack.engine.request import (
     Completion,
     Delta,
@@ -17,6 +18,7 @@ from jaxstack.engine.request import (
     SamplingParams,
     TokenLogprob,
 )
+from jaxstack.engine.stats import EngineStats
 
 __all__ = [
     "Completion",

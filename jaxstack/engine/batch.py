@@ -1,13 +1,14 @@
-"""A step's plan as two flat host arrays, one of int32 and one of float32, in a layout the jitted step can cut apart.
+"""A step's plan as one flat int32 array, in a layout that the jitted forward pass can cut apart.
 
-One transfer each instead of one per field: a numpy argument costs about ten microseconds, whatever its size.
+One transfer instead of one per field: a numpy argument costs about ten microseconds, whatever its size. What the
+sampler needs is packed later, by `draws.py`: while the forward pass runs.
 """
 
 import dataclasses
 from collections.abc import Sequence as Seq
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Int32
 
 from jaxstack.engine.scheduler import StepPlan
 
@@ -43,22 +44,6 @@ class BatchShape:
         }
 
 
-def sampling_fields(samples: int) -> dict[str, tuple[int, ...]]:
-    """The sampler's int32 fields."""
-    return {
-        "top_k": (samples,),
-        "seed": (samples, 2),
-        "choice": (samples,),
-        "position": (samples,),
-        "wants_logprobs": (),
-    }
-
-
-def sampling_float_fields(samples: int) -> dict[str, tuple[int, ...]]:
-    """The sampler's float32 fields."""
-    return {"temperature": (samples,), "top_p": (samples,)}
-
-
 def size(fields: dict[str, tuple[int, ...]]) -> int:
     """Elements of all fields together."""
     return sum(int(np.prod(shape)) for shape in fields.values())
@@ -76,13 +61,11 @@ def cut(flat, fields: dict[str, tuple[int, ...]]) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class HostBatch:
-    """What one step is launched with. `plan.rows[i]` is sequence i of the arrays."""
+    """What one forward pass is launched with. `plan.rows[i]` is sequence i of the arrays."""
 
     plan: StepPlan
     shape: BatchShape
     ints: Int32[np.ndarray, " n"]
-    sampling_ints: Int32[np.ndarray, " n_ints"]
-    sampling_floats: Float32[np.ndarray, " n_floats"]
 
 
 def choose(plan: StepPlan, shapes: Seq[BatchShape]) -> BatchShape:
@@ -97,24 +80,22 @@ def choose(plan: StepPlan, shapes: Seq[BatchShape]) -> BatchShape:
 
 
 def pack(plan: StepPlan, shapes: Seq[BatchShape], *, page_size: int, num_pages: int) -> HostBatch:
-    """Fills the arrays of the smallest shape that fits. Rows beyond the plan write to the scrap page, `num_pages`."""
+    """Fills the array of the smallest shape that fits. Rows beyond the plan write to the scrap page, `num_pages`.
+
+    A token that the step in flight is still drawing is written as `-1 - slot`: the device knows it by then.
+    """
     shape = choose(plan, shapes)
     ints = np.zeros(size(shape.int_fields), np.int32)
     f = cut(ints, shape.int_fields)
-    choices, floats = sampling_fields(shape.samples), sampling_float_fields(shape.samples)
-    sampling_ints = np.zeros(size(choices), np.int32)
-    sampling_floats = np.ones(size(floats), np.float32)
-    h, g = cut(sampling_ints, choices), cut(sampling_floats, floats)
     f["write_slots"][:] = num_pages * page_size
     f["num_decodes"][...] = plan.decodes
-    g["temperature"][:] = 0.0
 
     at = 0
     for i, row in enumerate(plan.rows):
         sequence, end = row.sequence, row.start + row.count
-        request, sampling = sequence.request, sequence.request.sampling
         if row.count == 1:
-            f["tokens"][at] = sequence.tokens[row.start]
+            known = row.start < len(sequence.tokens)
+            f["tokens"][at] = sequence.tokens[row.start] if known else -1 - sequence.slot
             f["positions"][at] = row.start
             f["write_slots"][at] = sequence.pages[row.start // page_size] * page_size + row.start % page_size
         else:
@@ -127,14 +108,5 @@ def pack(plan: StepPlan, shapes: Seq[BatchShape], *, page_size: int, num_pages: 
         f["kv_lens"][i] = end
         at += row.count
         f["query_starts"][i + 1] = at
-        h["top_k"][i] = sampling.top_k
-        seed = request.seed
-        h["seed"][i] = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32).view(np.int32)
-        h["choice"][i] = sequence.index
-        h["position"][i] = sequence.generated
-        g["temperature"][i] = sampling.temperature
-        g["top_p"][i] = sampling.top_p
-        if sampling.logprobs is not None:
-            h["wants_logprobs"][...] = 1
     f["query_starts"][len(plan.rows) + 1 :] = at
-    return HostBatch(plan, shape, ints, sampling_ints, sampling_floats)
+    return HostBatch(plan, shape, ints)

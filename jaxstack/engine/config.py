@@ -29,6 +29,7 @@ class EngineConfig:
       dtype: of weights, activations and cache; "auto" is float32 on CPU and bfloat16 elsewhere.
       pack_weights: lay weights out for the CPU kernel of `kernels.matmul`; by default wherever that kernel runs.
       max_waiting: requests waiting beyond which a new one is refused.
+      overlap: start a step before the results of the one before have been read; False takes one after the other.
       seed: of the generator that gives seeds to requests without one.
     """
 
@@ -41,6 +42,7 @@ class EngineConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     pack_weights: bool | None = None
     max_waiting: int = 1024
+    overlap: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -1,14 +1,13 @@
 """One replica: requests in, tokens out.
 
-A request goes one way: `submit` checks it and puts it in the inbox; `step` takes it out, lets the scheduler plan, packs
-the plan, launches the compiled step, and turns the drawn tokens into text for whoever listens. Nothing calls back up.
-`generate` drives steps itself; `start` gives them a thread of their own, and then `generate`, `stream` and `submit`
-work from any thread.
+A request goes one way: `submit` checks it and puts it in the inbox; `step` takes it out and runs a turn of the
+pipeline (`pipeline.py`): plan, pack, launch the compiled step, and turn drawn tokens into text for whoever listens
+(`answers.py`). Nothing calls back up. `generate` drives steps itself; `start` gives them a thread of their own, and
+then `generate`, `stream` and `submit` work from any thread.
 """
 
 import asyncio
 import collections
-import dataclasses
 import itertools
 import logging
 import random
@@ -22,24 +21,15 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from jaxstack.engine.batch import pack
+from jaxstack.engine.answers import Answers
 from jaxstack.engine.config import EngineConfig, sizes
-from jaxstack.engine.detokenise import IncrementalDetokenizer
 from jaxstack.engine.listeners import Collector, Feed, wake_all
-from jaxstack.engine.request import (
-    Delta,
-    FinishReason,
-    Listener,
-    Request,
-    RequestOutput,
-    RequestTiming,
-    SamplingParams,
-    Sequence,
-    TokenLogprob,
-)
-from jaxstack.engine.runner import Runner, StepFuture
+from jaxstack.engine.pipeline import Pipeline
+from jaxstack.engine.request import Delta, Listener, Request, RequestOutput, RequestTiming, SamplingParams
+from jaxstack.engine.runner import Runner
 from jaxstack.engine.scheduler import Scheduler
 from jaxstack.engine.scheduling import FirstComeFirstServed, Policy
+from jaxstack.engine.stats import EngineStats
 from jaxstack.models.checkpoint import load_decoder
 from jaxstack.models.decoder import Decoder
 from jaxstack.models.serving_layout import fuse_for_serving
@@ -65,32 +55,6 @@ class PromptTooLong(UserError):
 
 class EngineDead(RuntimeError):
     """The step thread has ended; nothing more will be answered."""
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineStats:
-    """A reading of the engine. Counts of tokens and requests are totals since the start."""
-
-    running: int
-    waiting: int
-    pages_free: int
-    pages_tree: int
-    pages_private: int
-    pages_total: int
-    prefix_queries: int
-    prefix_hits: int
-    preemptions: int
-    prompt_tokens: int
-    generation_tokens: int
-    finished: dict[str, int]
-    steps: int
-    step_seconds: float
-    step_rows: int
-    step_padding: int
-    recompilations: int
-    warm: bool
-    warm_progress: float
-    alive: bool
 
 
 class Engine:
@@ -132,32 +96,40 @@ class Engine:
         self.max_model_len = chosen.max_model_len
         self.vocab_size = min(model.vocab_size, tokenizer.vocab_size) if tokenizer else model.vocab_size
         self.policy = policy or FirstComeFirstServed()
-        self.scheduler = self._new_scheduler(chosen.num_pages)
         self.runner = Runner(
             decoder,
             chosen.shapes,
             num_pages=chosen.num_pages,
             page_size=config.page_size,
+            slots=config.max_sequences,
             vocab_size=self.vocab_size,
             dtype=dtype,
         )
-        self._eos = frozenset(model.eos_token_ids) | frozenset(tokenizer.eos_token_ids if tokenizer else ())
+        eos = frozenset(model.eos_token_ids) | frozenset(tokenizer.eos_token_ids if tokenizer else ())
+        self._answers = Answers(tokenizer, eos, lambda sequence: self.scheduler.finish(sequence))
+        self._pipeline = Pipeline(
+            self._new_scheduler(chosen.num_pages),
+            self.runner,
+            self._answers,
+            page_size=config.page_size,
+            overlap=config.overlap,
+        )
         self._random = random.Random(config.seed)
         self._order = itertools.count()
         self._inbox: collections.deque[Callable[[], None]] = collections.deque()
-        self._live: dict[str, list[Sequence]] = {}
         self._driving = threading.RLock()
         self._wake = threading.Condition()
+        self._turned = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._death: BaseException | None = None
         self._failures = 0
         self._touched: dict[asyncio.AbstractEventLoop, list[Feed]] = {}
-        self._on_finish: list[Callable[[RequestTiming], None]] = []
-        self._finished: collections.Counter[str] = collections.Counter()
-        self._prompt_tokens = self._generation_tokens = 0
-        self._steps = self._step_rows = self._step_padding = 0
-        self._step_seconds = 0.0
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """The one in use; a failed step replaces it."""
+        return self._pipeline.scheduler
 
     @classmethod
     def from_folder(
@@ -198,9 +170,10 @@ class Engine:
           QueueFull: too many requests wait.
           EngineDead: nobody would answer.
         """
-        if self._death is not None or self._stopping:
-            raise EngineDead("the engine has stopped") from self._death
-        if len(self.scheduler.waiting) + len(self._inbox) >= self.config.max_waiting:
+        self._raise_if_dead()
+        if self._stopping:
+            raise EngineDead("the engine has stopped")
+        if not self._room():
             raise QueueFull(f"{self.config.max_waiting} requests wait already, which is the limit; try again later")
         sampling = sampling or SamplingParams()
         tokens = self.check_prompt(prompt, sampling)
@@ -245,7 +218,7 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """Ends a request before the next step; its listener gets a last piece with finish_reason "abort"."""
-        self._post(lambda: self._abort(request_id))
+        self._post(lambda: self._answers.end_request(request_id, "abort"))
 
     def generate(
         self,
@@ -270,14 +243,13 @@ class Engine:
         self.warm_up(progress)
         collectors: dict[str, Collector] = {}
         with tqdm(total=len(prompts), desc="generating", unit="prompt", disable=not progress) as bar:
-            for ids, params in zip(tokens, each):
-                while len(self.scheduler.waiting) + len(self._inbox) >= self.config.max_waiting:
-                    self._advance()
-                collector = Collector(ids, params.n, bar.update)
-                collectors[self.submit(ids, params, collector)] = collector
             try:
-                while not all(c.done.is_set() for c in collectors.values()):
-                    self._advance()
+                for ids, params in zip(tokens, each):
+                    self._wait_for_room()
+                    collector = Collector(ids, params.n, bar.update)
+                    collectors[self.submit(ids, params, collector)] = collector
+                for collector in collectors.values():
+                    self._wait_for(collector)
             except BaseException:
                 for request_id, collector in collectors.items():
                     if not collector.done.is_set():
@@ -340,40 +312,26 @@ class Engine:
             self._thread = None
         with self._driving:
             self._drain_inbox()
-            for request_id in list(self._live):
-                self._abort(request_id)
+            for request_id in list(self._answers.live):
+                self._answers.end_request(request_id, "abort")
+            if self._death is None:
+                self._pipeline.settle()
             self._flush()
 
     def step(self) -> bool:
-        """One turn: take in requests, plan, compute, hand out tokens. False when there was nothing to compute."""
+        """One turn: take in requests, start the next step, hand out the tokens of the last. False when idle."""
         with self._driving:
             self._drain_inbox()
-            plan = self.scheduler.plan()
-            if plan.rows:
-                batch = pack(
-                    plan, self.runner.shapes, page_size=self.config.page_size, num_pages=self.scheduler.pool.size
-                )
-                begin = time.perf_counter()
-                future = self.runner.launch(batch)
-                tokens = future.tokens()
-                now = time.perf_counter()
-                self._steps += 1
-                self._step_seconds += now - begin
-                self._step_rows += plan.tokens
-                self._step_padding += batch.shape.rows - plan.tokens
-                self.scheduler.commit(plan)
-                for i, row in enumerate(plan.rows):
-                    if row.samples:
-                        self._take(row.sequence, tokens[i], future, i, now)
+            worked = self._pipeline.turn()
             self._flush()
-            return bool(plan.rows)
+            return worked
 
     def stats(self) -> EngineStats:
         """A reading; callable from any thread."""
-        scheduler, pool = self.scheduler, self.scheduler.pool
-        counters = scheduler.counters
+        scheduler, pipeline, answers = self.scheduler, self._pipeline, self._answers
+        pool, counters = scheduler.pool, scheduler.counters
         return EngineStats(
-            running=len(scheduler.running),
+            running=len(scheduler.running) + len(scheduler.closing),
             waiting=len(scheduler.waiting) + len(self._inbox),
             pages_free=pool.free,
             pages_tree=pool.tree,
@@ -382,13 +340,16 @@ class Engine:
             prefix_queries=counters.prefix_queries,
             prefix_hits=counters.prefix_hits,
             preemptions=counters.preemptions,
-            prompt_tokens=self._prompt_tokens,
-            generation_tokens=self._generation_tokens,
-            finished=dict(self._finished),
-            steps=self._steps,
-            step_seconds=self._step_seconds,
-            step_rows=self._step_rows,
-            step_padding=self._step_padding,
+            prompt_tokens=answers.prompt_tokens,
+            generation_tokens=answers.generation_tokens,
+            finished=dict(answers.finished),
+            corrupted_requests=answers.corrupted,
+            steps=pipeline.steps,
+            step_seconds=pipeline.step_seconds,
+            host_seconds=pipeline.step_seconds - pipeline.wait_seconds,
+            step_rows=pipeline.rows,
+            step_padding=pipeline.padding,
+            iteration_tokens=dict(pipeline.iteration_tokens),
             recompilations=self.runner.recompilations,
             warm=self.runner.warm,
             warm_progress=self.runner.warm_fraction,
@@ -397,7 +358,7 @@ class Engine:
 
     def on_finish(self, callback: Callable[[RequestTiming], None]) -> None:
         """`callback` is told of every finished request, on the thread that steps."""
-        self._on_finish.append(callback)
+        self._answers.on_finish.append(callback)
 
     # Inside.
 
@@ -417,16 +378,30 @@ class Engine:
             self._wake.notify_all()
 
     def _busy(self) -> bool:
-        return bool(self._live or self._inbox)
+        return bool(self._answers.live or self._inbox)
 
-    def _advance(self) -> None:
-        """One step by whoever waits, or a short rest while the step thread works."""
-        if self._thread is None:
-            self.step()
-        else:
-            if self._death is not None:
-                raise EngineDead("the engine has stopped") from self._death
-            time.sleep(0.001)
+    def _room(self) -> bool:
+        return len(self.scheduler.waiting) + len(self._inbox) < self.config.max_waiting
+
+    def _wait_for_room(self) -> None:
+        while not self._room():
+            if self._thread is None:
+                self.step()
+            else:
+                with self._turned:  # the timeout is for a thread that dies between two looks
+                    self._turned.wait_for(lambda: self._room() or self._death is not None, timeout=1.0)
+                self._raise_if_dead()
+
+    def _wait_for(self, collector: Collector) -> None:
+        while not collector.done.is_set():
+            if self._thread is None:
+                self.step()
+            elif not collector.done.wait(timeout=1.0):
+                self._raise_if_dead()
+
+    def _raise_if_dead(self) -> None:
+        if self._death is not None:
+            raise EngineDead("the engine has stopped") from self._death
 
     def _run(self) -> None:
         try:
@@ -450,21 +425,21 @@ class Engine:
             log.critical("the engine has died: %s", error)
             with self._driving:
                 self._drain_inbox()
-                for request_id in list(self._live):
-                    self._end_request(request_id, "error")
+                for request_id in list(self._answers.live):
+                    self._answers.end_request(request_id, "error")
                 self._flush()
 
     def _fail_running(self, error: BaseException) -> None:
         """A step raised: its requests end, those waiting stay, and memory starts afresh (the cache was donated)."""
         with self._driving:
             old = self.scheduler
-            hit = {s.request.request_id for s in old.running}
-            for request_id in hit:
-                self._end_request(request_id, "error")
-            self.scheduler = self._new_scheduler(old.pool.size)
-            self.scheduler.counters = old.counters
+            for request_id in {s.request.request_id for s in old.running}:
+                self._answers.end_request(request_id, "error")
+            fresh = self._new_scheduler(old.pool.size)
+            fresh.counters = old.counters
             for sequence in old.waiting:
-                self.scheduler.add(sequence)
+                fresh.add(sequence)
+            self._pipeline.discard(fresh)
             self.runner.reset_cache()
             self._flush()
 
@@ -473,112 +448,13 @@ class Engine:
             self._inbox.popleft()()
 
     def _enter(self, request: Request) -> None:
-        if isinstance(request.listener, Collector):
-            request.listener.request = request
-        sampling = request.sampling
-        sequences = []
-        for index in range(sampling.n):
-            detokenizer = None
-            if self.tokenizer is not None:
-                detokenizer = IncrementalDetokenizer(
-                    self.tokenizer, sampling.stop, sampling.include_stop_str_in_output, sampling.skip_special_tokens
-                )
-            sequences.append(Sequence(request, index, list(request.prompt), detokenizer))
-        self._live[request.request_id] = sequences
-        self._prompt_tokens += len(request.prompt)
-        for sequence in sequences:
+        for sequence in self._answers.open(request):
             self.scheduler.add(sequence)
 
-    def _abort(self, request_id: str) -> None:
-        self._end_request(request_id, "abort")
-
-    def _end_request(self, request_id: str, reason: FinishReason) -> None:
-        for sequence in list(self._live.get(request_id, ())):
-            if sequence.finish_reason is None:
-                text = sequence.detokenizer.finish() if sequence.detokenizer else ""
-                self._end(sequence, reason, None, text, (), ())
-
-    def _take(self, sequence: Sequence, token: int, future: StepFuture, row: int, now: float) -> None:
-        """A token was drawn for `sequence`: keep it, apply the stop rules, tell the listener."""
-        request, sampling = sequence.request, sequence.request.sampling
-        if token < 0:  # logits were not finite: this answer is lost, the others are not
-            self._end(sequence, "error", None, "", (), ())
-            return
-        sequence.tokens.append(token)
-        request.token_times.append(now)
-        self._generation_tokens += 1
-        if request.first_token_s is None:
-            request.first_token_s = now
-        logprobs = () if sampling.logprobs is None else (future.logprobs(row, sampling.logprobs),)
-        reason: FinishReason | None = None
-        why: int | str | None = None
-        shown: tuple[int, ...] = (token,)
-        if token in sampling.stop_token_ids:
-            reason, why, shown = "stop", token, ()
-        elif token in self._eos and not sampling.ignore_eos:
-            reason, shown = "stop", ()
-        text = ""
-        if sequence.detokenizer is not None:
-            text = sequence.detokenizer.push(shown) if shown else ""
-            if reason is None and sequence.detokenizer.stopped is not None:
-                reason, why = "stop", sequence.detokenizer.stopped
-        if reason is None and sequence.generated >= request.max_tokens:
-            reason = "length"
-        if reason is not None:
-            if sequence.detokenizer is not None:
-                text += sequence.detokenizer.finish()
-            self._end(sequence, reason, why, text, (token,), logprobs)
-        else:
-            self._tell(sequence, Delta(sequence.index, text, (token,), logprobs, None, None, *self._counts(request)))
-
-    def _end(
-        self,
-        sequence: Sequence,
-        reason: FinishReason,
-        why: int | str | None,
-        text: str,
-        token_ids: tuple[int, ...],
-        logprobs: tuple[TokenLogprob, ...],
-    ) -> None:
-        request = sequence.request
-        sequence.finish_reason = reason
-        self.scheduler.finish(sequence, keep=reason != "error")
-        request.unfinished -= 1
-        self._tell(sequence, Delta(sequence.index, text, token_ids, logprobs, reason, why, *self._counts(request)))
-        if request.unfinished == 0:
-            siblings = self._live.pop(request.request_id)
-            self._finished[reason] += 1
-            now = time.perf_counter()
-            timing = RequestTiming(
-                arrival_s=request.arrival_s,
-                scheduled_s=request.scheduled_s or now,
-                first_token_s=request.first_token_s or now,
-                finished_s=now,
-                prompt_tokens=len(request.prompt),
-                generation_tokens=sum(s.generated for s in siblings),
-                cached_tokens=request.cached_tokens or 0,
-                finish_reason=reason,
-                n=request.sampling.n,
-                max_tokens=request.sampling.max_tokens,
-                token_times=tuple(request.token_times),
-            )
-            for callback in self._on_finish:
-                callback(timing)
-
-    def _counts(self, request: Request) -> tuple[int, int]:
-        return len(request.prompt), request.cached_tokens or 0
-
-    def _tell(self, sequence: Sequence, delta: Delta) -> None:
-        listener = sequence.request.listener
-        if listener is None:
-            return
-        try:
-            listener(delta)
-        except Exception:
-            log.exception("the listener of %s failed", sequence.request.request_id)
-
     def _flush(self) -> None:
-        """Wakes each event loop once a step, however many of its requests got a token."""
+        """Wakes whoever waits for a turn, and each event loop once, however many of its requests got a token."""
+        with self._turned:
+            self._turned.notify_all()
         touched = dict(self._touched)
         self._touched.clear()
         for loop, feeds in touched.items():

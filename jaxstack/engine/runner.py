@@ -3,6 +3,11 @@ shape.
 
 Every shape is compiled by `warm_up`; a step then calls the compiled program itself, so a batch of an unforeseen shape
 is an error and never a silent compilation. The cache is donated: each step updates it in place.
+
+A step is two programs, launched one after the other without waiting: the forward pass (`launch`: tokens to logits) and
+the sampler (`draw`: logits to tokens). A drawn token also stays on the device, in `last_token` of its sequence's slot,
+where the next forward pass finds it before the host has read it. The device runs what it is given in order, so a step
+sees all that earlier ones wrote.
 """
 
 import dataclasses
@@ -17,9 +22,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from jaxstack.engine.batch import BatchShape, HostBatch, cut, sampling_fields, sampling_float_fields, size
+from jaxstack.engine.batch import BatchShape, HostBatch, cut, size
+from jaxstack.engine.draws import HostDraws, float_fields, int_fields, pack_draws
 from jaxstack.engine.request import TokenLogprob
 from jaxstack.engine.sampling import RowParams, Sampled, sample
+from jaxstack.engine.scheduler import StepPlan
 from jaxstack.models.decoder import Decoder
 from jaxstack.runtime.compilation import CompileCounter
 from kernels.kv_write import kv_write
@@ -27,8 +34,16 @@ from kernels.paged_attention import paged_attention, ragged
 
 
 @dataclasses.dataclass(frozen=True)
+class Launched:
+    """A forward pass that the device has been given."""
+
+    batch: HostBatch
+    logits: Float[Array, "samples vocab"]
+
+
+@dataclasses.dataclass(frozen=True)
 class StepFuture:
-    """A launched step. `tokens()` waits for it."""
+    """A step that the device has been given whole. `tokens()` waits for it."""
 
     batch: HostBatch
     sampled: Sampled
@@ -52,6 +67,7 @@ class Runner:
       decoder: the weights; may be in serving layout (`jaxstack.models.serving_layout`).
       shapes: the batch shapes to compile.
       num_pages, page_size: the KV cache holds one page more, where padding rows write.
+      slots: sequences running at once. State per slot has one slot more, where padding rows write.
       vocab_size: token ids at or beyond it are never drawn (a model's table may be padded beyond its tokenizer's).
       dtype: of activations and cache.
     """
@@ -63,6 +79,7 @@ class Runner:
         *,
         num_pages: int,
         page_size: int,
+        slots: int,
         vocab_size: int,
         dtype: jnp.dtype,
     ):
@@ -75,6 +92,8 @@ class Runner:
         heads, head_dim = self.config.num_kv_heads, self.config.head_dim
         self._cache_shape = (self.config.num_layers, num_pages + 1, page_size, 2 * heads, head_dim)
         self._cache = jnp.zeros(self._cache_shape, self.dtype)
+        self.scrap_slot = slots
+        self._last_token = jnp.zeros(slots + 1, jnp.int32)
         self._steps: dict[BatchShape, Callable] = {}
         self._samplers: dict[int, Callable] = {}
         self._counter = CompileCounter()
@@ -115,49 +134,65 @@ class Runner:
             ints = np.zeros(size(shape.int_fields), np.int32)
             cut(ints, shape.int_fields)["write_slots"][:] = (self._cache_shape[1] - 1) * self.page_size
             step = self.compile(shape)
-            self._cache, logits = step(self._weights, self._cache, ints)
-            if shape.samples not in self._samplers:
-                self._samplers[shape.samples] = self.compile_sampler(shape.samples, logits)
-            choices, floats = (size(f(shape.samples)) for f in (sampling_fields, sampling_float_fields))
-            sampled = self._samplers[shape.samples](logits, np.zeros(choices, np.int32), np.zeros(floats, np.float32))
+            self._cache, logits = step(self._weights, self._cache, ints, self._last_token)
+            rows = shape.samples
+            if rows not in self._samplers:
+                self._samplers[rows] = self.compile_sampler(rows, logits)
+            sampled = self._draw(rows, logits, pack_draws(StepPlan([], 0), rows, scrap_slot=self.scrap_slot))
             jax.block_until_ready(sampled)
             self._steps[shape] = step
         self._counter.reset()
 
     def compile(self, shape: BatchShape):
-        """The compiled forward pass of one shape (`jax.stages.Compiled`): weights, cache, ints -> cache, logits."""
+        """The compiled forward pass of one shape (`jax.stages.Compiled`): weights, cache, ints, last tokens -> cache,
+        logits.
+        """
         ints = jax.ShapeDtypeStruct((size(shape.int_fields),), jnp.int32)
 
-        def step(weights, cache, ints):
-            return self._step(shape, weights, cache, ints)
+        def step(weights, cache, ints, last_token):
+            return self._step(shape, weights, cache, ints, last_token)
 
-        return jax.jit(step, donate_argnums=(1,)).lower(self._weights, self._cache, ints).compile()
+        return jax.jit(step, donate_argnums=(1,)).lower(self._weights, self._cache, ints, self._last_token).compile()
 
     def compile_sampler(self, rows: int, logits: Float[Array, "rows vocab"]):
-        """The compiled sampler: logits, ints, floats -> `Sampled`."""
-        choices, floats = sampling_fields(rows), sampling_float_fields(rows)
+        """The compiled sampler: logits, ints, floats, last tokens -> `Sampled`, last tokens."""
+        choices, reals = int_fields(rows), float_fields(rows)
 
-        def draw(logits, ints, reals):
-            f, g = cut(ints, choices), cut(reals, floats)
+        def draw(logits, ints, floats, last_token):
+            f, g = cut(ints, choices), cut(floats, reals)
+            slots = f.pop("slots")
             seed = jax.lax.bitcast_convert_type(f.pop("seed"), jnp.uint32)
-            return sample(logits, RowParams(seed=seed, **f, **g))
+            sampled = sample(logits, RowParams(seed=seed, **f, **g))
+            return sampled, last_token.at[slots].set(jnp.maximum(sampled.token, 0))
 
         ints = jax.ShapeDtypeStruct((size(choices),), jnp.int32)
-        reals = jax.ShapeDtypeStruct((size(floats),), jnp.float32)
-        return jax.jit(draw).lower(logits, ints, reals).compile()
+        floats = jax.ShapeDtypeStruct((size(reals),), jnp.float32)
+        return jax.jit(draw).lower(logits, ints, floats, self._last_token).compile()
 
-    def launch(self, batch: HostBatch) -> StepFuture:
-        """Starts a step and returns at once."""
-        self._cache, logits = self._steps[batch.shape](self._weights, self._cache, batch.ints)
-        sampled = self._samplers[batch.shape.samples](logits, batch.sampling_ints, batch.sampling_floats)
-        return StepFuture(batch, sampled)
+    def launch(self, batch: HostBatch) -> Launched:
+        """Starts the forward pass of a step and returns at once."""
+        self._cache, logits = self._steps[batch.shape](self._weights, self._cache, batch.ints, self._last_token)
+        return Launched(batch, logits)
+
+    def draw(self, launched: Launched, draws: HostDraws) -> StepFuture:
+        """Starts the sampler of a launched step and returns at once. Comes before the next `launch`."""
+        sampled = self._draw(launched.batch.shape.samples, launched.logits, draws)
+        sampled.token.copy_to_host_async()
+        return StepFuture(launched.batch, sampled)
+
+    def _draw(self, rows: int, logits, draws: HostDraws) -> Sampled:
+        sampled, self._last_token = self._samplers[rows](logits, draws.ints, draws.floats, self._last_token)
+        return sampled
 
     def reset_cache(self) -> None:
         """A new empty cache, for when a failed step has consumed the old one."""
         self._cache = jnp.zeros(self._cache_shape, self.dtype)
+        self._last_token = jnp.zeros_like(self._last_token)
 
-    def _step(self, shape: BatchShape, weights, cache, ints):
+    def _step(self, shape: BatchShape, weights, cache, ints, last_token):
         f = cut(ints, shape.int_fields)
+        known = f["tokens"]
+        tokens = jnp.where(known >= 0, known, last_token[jnp.maximum(-1 - known, 0)])
         decoder = nnx.merge(self._graph, weights)
         batch = ragged(f["block_tables"], f["kv_lens"], f["query_starts"], f["num_decodes"], rows=shape.rows)
         scale = self.config.head_dim**-0.5
@@ -166,7 +201,7 @@ class Runner:
             cache = kv_write(cache, k, v, layer.index, f["write_slots"])
             return paged_attention(q, cache, layer.index, batch, scale=scale, window=layer.window), cache
 
-        hidden, cache = decoder.hidden(f["tokens"], f["positions"], attend, cache, compute_dtype=self.dtype)
+        hidden, cache = decoder.hidden(tokens, f["positions"], attend, cache, compute_dtype=self.dtype)
         last = jnp.maximum(f["query_starts"][1:] - 1, 0)
         logits = decoder.logits(hidden if shape.decode else hidden[last])
         if logits.shape[-1] > self._vocab_size:

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxstack.engine import Engine, EngineConfig, SamplingParams
 from jaxstack.engine.batch import HostBatch
 from jaxstack.engine.request import RequestTiming
-from jaxstack.engine.runner import StepFuture
+from jaxstack.engine.runner import Launched
 from jaxstack.models.checkpoint import load_decoder, save_decoder
 from jaxstack.models.decoder import Decoder, DecoderConfig
 from jaxstack.models.hf_config import config_from_folder
@@ -159,7 +159,7 @@ class Ours:
         runner = self.engine.runner
         launch = runner.launch
 
-        def recorded(batch: HostBatch) -> StepFuture:
+        def recorded(batch: HostBatch) -> Launched:
             self._steps.append((batch.plan.tokens, sum(row.samples for row in batch.plan.rows)))
             return launch(batch)
 

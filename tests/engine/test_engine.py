@@ -123,6 +123,44 @@ def test_greedy_equals_the_plain_loop_cold_and_cached(engine, plain):
     assert compiled.count == 0
 
 
+def test_overlap_changes_no_token(engine, plain):
+    """One engine, so that both ways run the same programs; drawn tokens, so that the random numbers count too."""
+    rng = random.Random(9)
+    asked = prompts(8, 14)
+    sampling = [SamplingParams(max_tokens=rng.randrange(1, 20), seed=i, top_p=0.9, logprobs=1) for i in range(14)]
+    answers = []
+    for overlap in (True, False):
+        engine._pipeline._overlap = overlap
+        engine.scheduler.tree.clear()
+        steps = engine.stats().steps
+        outputs = engine.generate(asked, sampling)
+        answers.append([(o.completions[0].token_ids, o.completions[0].finish_reason) for o in outputs])
+        assert engine.scheduler.pool.private == 0 and engine.stats().steps > steps
+        for output in outputs:
+            assert [lp.token_id for lp in output.completions[0].logprobs] == output.completions[0].token_ids
+    engine._pipeline._overlap = True
+    assert answers[0] == answers[1]
+    stats = engine.stats()
+    assert 0 < stats.host_seconds < stats.step_seconds
+    assert sum(stats.iteration_tokens.values()) == stats.steps
+    assert sum(n * count for n, count in stats.iteration_tokens.items()) == stats.step_rows
+
+
+def test_a_step_is_launched_before_the_last_one_is_read(engine, monkeypatch):
+    events = []
+    launch, settle = engine.runner.launch, engine._pipeline.settle
+    monkeypatch.setattr(engine.runner, "launch", lambda batch: (events.append("launch"), launch(batch))[1])
+    monkeypatch.setattr(engine._pipeline, "settle", lambda: (events.append("read"), settle())[1])
+    answer = engine.generate([[1, 2, 3]], greedy(4))[0].completions[0].token_ids
+    # max_tokens is known beforehand, so no step is launched in vain; the first "read" finds nothing.
+    assert len(answer) == 4 and events == ["launch", "read"] * 4 + ["read"]
+    events.clear()
+    # The end at a stop token is learnt one step late: five launches for four tokens, the last token dropped.
+    stop = next(i for i in range(1, 4) if answer[i] not in answer[:i])
+    again = engine.generate([[1, 2, 3]], greedy(40, stop_token_ids=(answer[stop],)))[0].completions[0].token_ids
+    assert again == answer[: stop + 1] and events.count("launch") == stop + 2
+
+
 def test_greedy_equals_the_plain_loop_under_preemption(plain):
     tight = Engine(decoder(), byte_tokenizer(), dataclasses.replace(SETTINGS, num_pages=24, max_batch_tokens=16))
     tight.warm_up(progress=False)

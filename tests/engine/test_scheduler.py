@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxstack.engine.memory.pages import Owner
 from jaxstack.engine.request import Request, SamplingParams, Sequence
-from jaxstack.engine.scheduler import Scheduler
+from jaxstack.engine.scheduler import Scheduler, StepPlan
 from jaxstack.engine.scheduling import FirstComeFirstServed
 
 PAGE = 4
@@ -29,10 +30,12 @@ def scheduler(pages: int, rows: int = 4, budget: int = 16, caching: bool = True)
     )
 
 
-def turn(s: Scheduler) -> list[Sequence]:
-    """One step of a model that always says 7; returns who finished."""
+def launch(s: Scheduler) -> StepPlan | None:
+    """Plans and launches a step; None when a step in flight must settle first."""
     plan = s.plan()
     s.check_accounting()
+    if plan is None:
+        return None
     assert plan.tokens <= s.max_batch_tokens and len(plan.rows) <= s.max_sequences
     assert [r.count == 1 and r.samples for r in plan.rows] == [True] * plan.decodes + [False] * (
         len(plan.rows) - plan.decodes
@@ -40,24 +43,44 @@ def turn(s: Scheduler) -> list[Sequence]:
     written: set[tuple[int, int]] = set()
     for row in plan.rows:
         q = row.sequence
-        assert row.start == q.computed and row.samples == (row.start + row.count == len(q.tokens))
+        assert q.finish_reason is None
+        assert row.start == q.computed and row.samples == (row.start + row.count == q.length)
         for position in range(row.start, row.start + row.count):
             place = (q.pages[position // PAGE], position % PAGE)
             assert place not in written, "two rows write one cache slot"
             assert position // PAGE >= q.shared_pages, "a shared page is written"
             written.add(place)
-    s.commit(plan)
+    s.launched(plan)
+    s.check_accounting()
+    return plan
+
+
+def settle(s: Scheduler, plan: StepPlan) -> list[Sequence]:
+    """The end of a step of a model that always says 7; returns who finished."""
+    s.settled(plan)
     s.check_accounting()
     done = []
     for row in plan.rows:
-        if row.samples:
+        if row.samples and row.sequence.finish_reason is None:
             q = row.sequence
             q.tokens.append(7)
             if q.generated >= q.request.max_tokens:
-                s.finish(q)
-                s.check_accounting()
+                end(s, q, "length")
                 done.append(q)
     return done
+
+
+def end(s: Scheduler, q: Sequence, reason: str) -> None:
+    q.finish_reason = reason
+    s.finish(q)
+    s.check_accounting()
+
+
+def turn(s: Scheduler) -> list[Sequence]:
+    """One step without overlap."""
+    plan = launch(s)
+    assert plan is not None
+    return settle(s, plan)
 
 
 @given(
@@ -66,10 +89,11 @@ def turn(s: Scheduler) -> list[Sequence]:
     ),
     st.integers(16, 40),
     st.booleans(),
+    st.booleans(),
     st.lists(st.integers(0, 30), max_size=5),
 )
 @settings(max_examples=150, deadline=None)
-def test_everything_finishes_and_every_page_is_accounted_for(requests, pages, caching, aborts):
+def test_everything_finishes_and_every_page_is_accounted_for(requests, pages, caching, overlap, aborts):
     s = scheduler(pages, caching=caching)
     sequences = []
     for order, (family, length, max_tokens, n) in enumerate(requests):
@@ -77,17 +101,35 @@ def test_everything_finishes_and_every_page_is_accounted_for(requests, pages, ca
         sequences += make(order, prompt, max_tokens, n)
     for q in sequences:
         s.add(q)
-    open_ = set(sequences)
+    in_flight: StepPlan | None = None
+    writes: dict[int, int] = {}  # of the step in flight: page -> how many tokens
     for step in range(3000):
+        open_ = [q for q in sequences if q.finish_reason is None]
         if step in aborts and open_:
-            victim = sorted(open_, key=lambda q: q.order)[-1]
-            s.finish(victim)
-            open_.discard(victim)
-            s.check_accounting()
-        if not open_:
+            end(s, open_[-1], "abort")
+        if not open_ and in_flight is None:
             break
-        open_ -= set(turn(s))
-    assert not open_ and not s.waiting and not s.running
+        plan = launch(s)
+        if plan is None:
+            assert in_flight is not None
+            settle(s, in_flight)
+            in_flight, plan = None, launch(s)
+            assert plan is not None
+        if in_flight is not None:
+            settle(s, in_flight)
+        in_flight = plan if plan.rows else None
+        if not plan.rows:
+            s.settled(plan)  # a step of nothing
+        if in_flight is not None and not overlap:
+            settle(s, in_flight)
+            in_flight = None
+        writes = {}
+        for row in in_flight.rows if in_flight else ():
+            for position in range(row.start, row.start + row.count):
+                page = row.sequence.pages[position // PAGE]
+                writes[page] = writes.get(page, 0) + 1
+        assert all(s.pool.owner(page) != Owner.FREE for page in writes)
+    assert all(q.finish_reason for q in sequences) and not (s.waiting or s.running or s.closing)
     assert s.pool.private == 0
     s.tree.clear()
     assert s.pool.free == pages

@@ -1,0 +1,93 @@
+"""Step after step, each started before the results of the one before are read.
+
+One turn, and what the device does meanwhile (i is the step in flight, i + 1 the new one):
+
+    host:    plan i+1, pack | launch forward i+1 | read i: take tokens, stop rules | pack and launch sampler i+1
+    device:  forward i, sampler i ............... | forward i+1 .................................. | sampler i+1
+
+The input token of a decode row never passes through the host: sampler i leaves it on the device. What the host learns
+from reading step i (who has finished, what a grammar allows next) comes too late for forward i+1, in time for sampler
+i+1: so a sequence that ends runs one row too many, whose token is dropped, and nothing else waits for anybody. A
+sequence that reaches `max_tokens` is known to end beforehand and has no such row.
+"""
+
+import collections
+import time
+
+from jaxstack.engine.answers import Answers
+from jaxstack.engine.batch import pack
+from jaxstack.engine.draws import pack_draws
+from jaxstack.engine.runner import Runner, StepFuture
+from jaxstack.engine.scheduler import Scheduler
+
+
+class Pipeline:
+    """Runs the scheduler's plans on the runner and gives the drawn tokens to the answers. Used by one thread at a time.
+
+    Args:
+      overlap: False settles each step in the turn that launched it.
+
+    Attributes:
+      scheduler: may be replaced while nothing is in flight, or before `discard`.
+      iteration_tokens: how many steps computed so many tokens.
+      step_seconds: spent in turns that computed something; of these, `wait_seconds` waiting for the device, the rest
+        planning, packing, launching and taking tokens.
+    """
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, answers: Answers, *, page_size: int, overlap: bool):
+        self.scheduler, self.runner, self._answers = scheduler, runner, answers
+        self._page_size, self._overlap = page_size, overlap
+        self._in_flight: StepFuture | None = None
+        self.iteration_tokens: collections.Counter[int] = collections.Counter()
+        self.steps = self.rows = self.padding = 0
+        self.step_seconds = self.wait_seconds = 0.0
+
+    def turn(self) -> bool:
+        """Starts the next step and settles the one in flight. False when there was nothing of either."""
+        begin = time.perf_counter()
+        busy = self._in_flight is not None
+        plan = self.scheduler.plan()
+        if plan is None:  # the step in flight may free the pages that are missing
+            self.settle()
+            plan = self.scheduler.plan()
+            assert plan is not None
+        if plan.rows:
+            batch = pack(plan, self.runner.shapes, page_size=self._page_size, num_pages=self.scheduler.pool.size)
+            launched = self.runner.launch(batch)
+            self.scheduler.launched(plan)
+            self.settle()
+            draws = pack_draws(plan, batch.shape.samples, scrap_slot=self.runner.scrap_slot)
+            self._in_flight = self.runner.draw(launched, draws)
+            if not self._overlap or all(row.sequence.finish_reason is not None for row in plan.rows):
+                self.settle()
+        else:
+            self.settle()
+        if busy or plan.rows:
+            self.step_seconds += time.perf_counter() - begin
+        return busy or bool(plan.rows)
+
+    def settle(self) -> None:
+        """Waits for the step in flight, if there is one, and takes its tokens."""
+        future, self._in_flight = self._in_flight, None
+        if future is None:
+            return
+        begin = time.perf_counter()
+        tokens = future.tokens()
+        now = time.perf_counter()
+        self.wait_seconds += now - begin
+        plan, shape = future.batch.plan, future.batch.shape
+        self.steps += 1
+        self.rows += plan.tokens
+        self.padding += shape.rows - plan.tokens
+        self.iteration_tokens[plan.tokens] += 1
+        self.scheduler.settled(plan)
+        for i, row in enumerate(plan.rows):
+            if row.samples and row.sequence.finish_reason is None:
+                wanted = row.sequence.request.sampling.logprobs
+                logprobs = () if wanted is None or tokens[i] < 0 else (future.logprobs(i, wanted),)
+                self._answers.take(row.sequence, tokens[i], logprobs, now)
+
+    def discard(self, scheduler: Scheduler) -> None:
+        """Forgets the step in flight after a failure and goes on with `scheduler`."""
+        self._in_flight = None
+        self.scheduler = scheduler
