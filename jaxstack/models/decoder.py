@@ -16,10 +16,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxstack.models.attention import FULL_WINDOW, Attend, LayerContext
-from jaxstack.models.linear import Linear
+from jaxstack.models.linear import AdapterStack, Linear
 from jaxstack.models.rope import RopeConfig, rotate, rotation
 from jaxstack.runtime.errors import UserError
 from kernels.matmul import PackedWeight
@@ -166,6 +166,8 @@ class Decoder(nnx.Module):
         cache: Any = None,
         *,
         adapter_ids: Int[Array, "... T"] | None = None,
+        input_embeddings: Float[Array, "... T D"] | None = None,
+        use_embeddings: Bool[Array, "... T"] | None = None,
         remat: Remat = "none",
         compute_dtype: jnp.dtype | None = None,
     ) -> tuple[Float[Array, "... T D"], Any]:
@@ -177,6 +179,8 @@ class Decoder(nnx.Module):
           attend: how queries meet keys; see `jaxstack.models.attention`.
           cache: handed from layer to layer through `attend`; any pytree.
           adapter_ids: the LoRA adapter of each token; None for adapter 1 everywhere. Ignored without adapters.
+          input_embeddings: vectors as they enter the first layer, in place of the embeddings of `tokens`.
+          use_embeddings: where they replace them; None for everywhere.
           remat: what a backward pass recomputes in each layer: nothing, all but the weight products ("dots"), or
             everything.
           compute_dtype: dtype of activations; None for the embedding's.
@@ -184,6 +188,9 @@ class Decoder(nnx.Module):
         x = self.embed(tokens)
         if compute_dtype is not None:
             x = x.astype(compute_dtype)
+        if input_embeddings is not None:
+            given = input_embeddings.astype(x.dtype)
+            x = given if use_embeddings is None else jnp.where(use_embeddings[..., None], given, x)
         cos, sin = rotation(positions, self.config.rope, self.config.head_dim)
 
         scanned, layer_of = _per_layer(self.layers)
@@ -219,17 +226,19 @@ def _per_layer(layers: "DecoderLayer"):
     """Splits stacked layers for a scan: the arrays to scan over, and a function that rebuilds one layer inside the
     body.
 
-    Packed kernels are not scanned, since that would copy every layer's weights out of the stack; the body points into
-    the stack.
+    Packed kernels and a server's adapters are not scanned, since that would copy every layer's numbers out of the
+    stack; the body points into the stack.
     """
     graphdef, state = nnx.split(layers)
     leaves = dict(nnx.to_flat_state(state))
-    packed = {path: leaf for path, leaf in leaves.items() if isinstance(leaf.get_value(), PackedWeight)}
-    scanned = {path: leaf.get_value() for path, leaf in leaves.items() if path not in packed}
+    in_place = {
+        path: leaf for path, leaf in leaves.items() if isinstance(leaf.get_value(), PackedWeight | AdapterStack)
+    }
+    scanned = {path: leaf.get_value() for path, leaf in leaves.items() if path not in in_place}
 
     def layer_of(weights: dict, index: Int[Array, ""]) -> DecoderLayer:
         flat = {path: leaves[path].replace(value) for path, value in weights.items()}
-        flat |= {path: leaf.replace(leaf.get_value().at_layer(index)) for path, leaf in packed.items()}
+        flat |= {path: leaf.replace(leaf.get_value().at_layer(index)) for path, leaf in in_place.items()}
         return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
     return scanned, layer_of

@@ -1,7 +1,9 @@
 """A linear layer that can carry low-rank adapters, and whose kernel may be packed for serving."""
 
+import dataclasses
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -47,13 +49,74 @@ class LoraWeights(nnx.Module):
         return jnp.einsum("...nr,nro->...o", low, b)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AdapterStack:
+    """The adapters that a server holds for one linear layer, or for a stack of `L` of them.
+
+    Attributes:
+      a: `[*L, n_adapters, in, r]`; adapter 0 is "no adapter" and holds zeros, as every empty slot does.
+      b: `[*L, n_adapters, r, out]`.
+      scale: `[*L, n_adapters]`.
+      layer: which layer of a stack is meant; None for a single layer, or for a stack not indexed yet.
+    """
+
+    a: Float[Array, "*L n_adapters in r"]
+    b: Float[Array, "*L n_adapters r out"]
+    scale: Float[Array, "*L n_adapters"]
+    layer: Int[Array, ""] | None = None
+
+    def at_layer(self, index: Int[Array, ""]) -> "AdapterStack":
+        """One layer of a stack. Nothing is copied: most steps read only a few adapters of it, or none."""
+        return dataclasses.replace(self, layer=index)
+
+
+class AdapterFactors(nnx.Variable):
+    """Holds an `AdapterStack`. A type of its own, so that filters tell what a server may exchange while it runs."""
+
+
+class LoraSlots(nnx.Module):
+    """Adapters of one linear layer of a server: loaded and unloaded by writing a slot of `factors`.
+
+    Attributes:
+      factors: its value is an `AdapterStack`, which a scan over layers indexes instead of cutting it up.
+    """
+
+    def __init__(self, factors: AdapterStack):
+        self.factors = AdapterFactors(factors)
+
+    def __call__(self, x: Float[Array, "... in"], adapter_ids: Int[Array, "..."] | None) -> Float[Array, "... out"]:
+        """The adapters' addition to the output; None for `adapter_ids` is no adapter anywhere."""
+        factors = self.factors.get_value()
+        if adapter_ids is None:
+            return jnp.zeros((*x.shape[:-1], factors.b.shape[-1]), x.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        ids = jnp.broadcast_to(adapter_ids, x.shape[:-1]).reshape(-1)
+        out = _lora_matmul(rows, factors.a, factors.b, factors.scale, ids, layer=factors.layer)
+        return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+def _lora_matmul(x, a, b, scale, adapter_of_row, *, layer):
+    def product():
+        wa, wb, ws = (
+            w if layer is None else jax.lax.dynamic_index_in_dim(w, layer, keepdims=False) for w in (a, b, scale)
+        )
+        wa, wb, ws = (w.astype(x.dtype) for w in (wa, wb, ws))
+        low = jnp.einsum("ti,nir->tnr", x, wa)
+        used = adapter_of_row[:, None] == jnp.arange(wa.shape[0])
+        low = jnp.where(used[..., None], low * ws[:, None], 0)
+        return jnp.einsum("tnr,nro->to", low, wb)
+
+    return jax.lax.cond((adapter_of_row > 0).any(), product, lambda: jnp.zeros((x.shape[0], b.shape[-1]), x.dtype))
+
+
 class Linear(nnx.Module):
     """`x @ kernel (+ bias) (+ adapters)`.
 
     Attributes:
       kernel: `nnx.Param [in, out]`; its value may be a `kernels.matmul.PackedWeight` in a serving decoder.
       bias: `nnx.Param [out]` or None.
-      lora: `LoraWeights` or None.
+      lora: `LoraWeights` in training, `LoraSlots` in a server, or None.
     """
 
     def __init__(
@@ -69,7 +132,7 @@ class Linear(nnx.Module):
         kernel_init = kernel_init or nnx.initializers.normal(0.02)
         self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), param_dtype))
         self.bias: nnx.Param | None = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else nnx.data(None)
-        self.lora: LoraWeights | None = nnx.data(None)
+        self.lora: LoraWeights | LoraSlots | None = nnx.data(None)
 
     def __call__(
         self,
@@ -81,8 +144,8 @@ class Linear(nnx.Module):
         """Computes in `x`'s dtype; parameters of another dtype are cast to it.
 
         Args:
-          adapter_ids: one adapter for each row of `x` (its leading dimensions), or None for adapter 1 everywhere;
-            ignored by a layer that carries no adapters.
+          adapter_ids: one adapter for each row of `x` (its leading dimensions), or None for the only one
+            (`LoraWeights`: adapter 1 everywhere; `LoraSlots`: none). Ignored by a layer that carries no adapters.
           out_dtype: of the result, with the products accumulated in it; None for `x`'s.
         """
         kernel = self.kernel.get_value()

@@ -217,11 +217,10 @@ def adapter_factors(model: Decoder, config: LoraConfig, slot: int = 1) -> dict[s
     """
     found = {}
     for site in sites(model):
-        if site.linear.lora is None:
+        lora = site.linear.lora
+        if not isinstance(lora, LoraWeights):
             continue
-        a, b, scale = (
-            np.asarray(v.get_value()) for v in (site.linear.lora.a, site.linear.lora.b, site.linear.lora.scale)
-        )
+        a, b, scale = (np.asarray(v.get_value()) for v in (lora.a, lora.b, lora.scale))
         if not site.stacked:
             a, b, scale = a[None], b[None], scale[None]
         for layer, module in enumerate(site.modules):
@@ -239,7 +238,7 @@ def merge(model: Decoder, slot: int = 1) -> Decoder:
     merged = nnx.clone(model)
     for site in sites(merged):
         lora = site.linear.lora
-        if lora is None:
+        if not isinstance(lora, LoraWeights):
             continue
         kernel = site.linear.kernel.get_value()
         a, b, scale = (v.get_value().astype(jnp.float32) for v in (lora.a, lora.b, lora.scale))
