@@ -7,14 +7,14 @@ from jaxtyping import Array, Int
 
 
 class WorkItems(NamedTuple):
-    """Item i covers rows `first[i] .. end[i]` (at most `block` of them), all of `group[i]`; items past `count` are
+    """Item i covers rows `first[i] .. end[i]` (at most `block` of them), all of `group[i]`; items past `total` are
     empty and name the last group.
     """
 
     group: Int[Array, " items"]
     first: Int[Array, " items"]
     end: Int[Array, " items"]
-    count: Int[Array, ""]
+    total: Int[Array, ""]
 
 
 def work_items(group_sizes: Int[Array, " E"], rows: int, block: int) -> WorkItems:

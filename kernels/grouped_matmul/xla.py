@@ -44,7 +44,7 @@ def grouped_matmul(x, stack, group_sizes, layer, *, transposed=False):
         return jax.lax.dynamic_update_slice_in_dim(out, product, first, axis=0)
 
     out = jnp.zeros((rows + block, stack.shape[2 if transposed else 3]), x.dtype)
-    return jax.lax.fori_loop(0, items.count, item, out)[:rows]
+    return jax.lax.fori_loop(0, items.total, item, out)[:rows]
 
 
 def gradient_of_weights(x, out_gradient, group_sizes):
@@ -71,7 +71,7 @@ def gradient_of_weights(x, out_gradient, group_sizes):
         before = jax.lax.dynamic_slice(total, start, (1, depth, columns))
         return jax.lax.dynamic_update_slice(total, before + product, start)
 
-    return jax.lax.fori_loop(0, items.count, item, jnp.zeros((groups, depth, columns), jnp.float32))
+    return jax.lax.fori_loop(0, items.total, item, jnp.zeros((groups, depth, columns), jnp.float32))
 
 
 def _matrix(stack, layer, group):

@@ -19,8 +19,8 @@ def _keep(form, *arguments):
 
 
 def _pull_back(form, arguments, out_gradient):
-    *floating, adapter_of_row, layer = arguments
-    _, pull_back = jax.vjp(lambda *floating: xla.dense(*floating, adapter_of_row, layer), *floating)
+    x, a, b, scale, adapter_of_row, layer = arguments
+    _, pull_back = jax.vjp(lambda *v: xla.dense(v[0], v[1], v[2], v[3], adapter_of_row, layer), x, a, b, scale)
     no_gradient = [np.zeros(index.shape, jax.dtypes.float0) for index in (adapter_of_row, layer)]
     return *pull_back(out_gradient), *no_gradient
 
