@@ -60,7 +60,8 @@ async def ask(
         max_tokens=_MAX_TOKENS,
         stream=True,
         stream_options={"include_usage": True},
-        extra_body={"chat_template_kwargs": {"enable_thinking": thinking}},
+        # The text as it was generated: the thinking is shown and graded with the rest.
+        extra_body={"chat_template_kwargs": {"enable_thinking": thinking}, "separate_reasoning": False},
     )
     async for chunk in stream:
         if chunk.usage is not None:

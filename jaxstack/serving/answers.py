@@ -8,7 +8,9 @@ from typing import Any
 from jaxstack.engine import TokenLogprob
 from jaxstack.models.tokenizer import Tokenizer
 from jaxstack.serving.generation import Piece, Usage
+from jaxstack.serving.message import MessageReader
 from jaxstack.serving.prompts import Job
+from jaxstack.serving.tools import CallPiece
 
 
 class Answer:
@@ -143,12 +145,24 @@ class ChatAnswer(Answer):
 
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
+    def __init__(self, job: Job, tokenizer: Tokenizer | None, model_name: str):
+        super().__init__(job, tokenizer, model_name)
+        self._readers = [MessageReader(job.reading) for _ in range(job.sampling.n)]
+
     def _whole_choice(self, piece: Piece) -> dict[str, Any]:
+        reader = self._readers[piece.choice]
+        part = reader.push(piece.text, last=True)
+        message: dict[str, Any] = {"role": "assistant", "content": part.content, "refusal": None}
+        if self.job.reading.thinking is not None and self.job.reading.show_thinking:
+            message["reasoning_content"] = part.reasoning or None
+        if part.calls:
+            message["content"] = part.content or None
+            message["tool_calls"] = [_call_json(call, whole=True) for call in part.calls]
         return {
             "index": piece.choice,
-            "message": {"role": "assistant", "content": piece.text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(piece),
-            "finish_reason": piece.finish_reason,
+            "finish_reason": self._finish_reason(piece),
             **self._extras(piece),
         }
 
@@ -159,14 +173,32 @@ class ChatAnswer(Answer):
         ]
 
     def chunks(self, piece: Piece) -> list[dict[str, Any]]:
+        part = self._readers[piece.choice].push(piece.text, last=piece.finish_reason is not None)
+        deltas: list[dict[str, Any]] = []
+        if part.reasoning:
+            deltas.append({"reasoning_content": part.reasoning})
+        if part.content:
+            deltas.append({"content": part.content})
+        if part.calls:
+            deltas.append({"tool_calls": [_call_json(call) for call in part.calls]})
+        if not deltas and (piece.logprobs or self.job.request.return_token_ids):
+            deltas.append({"content": ""})
         chunks = []
-        if piece.text or piece.logprobs or self.job.request.return_token_ids:
-            extras = {"token_ids": piece.token_ids} if self.job.request.return_token_ids else {}
-            chunks.append(self._delta(piece.choice, {"content": piece.text}, self._logprobs(piece), **extras))
+        for number, delta in enumerate(deltas):
+            # What is said of the tokens goes with the first.
+            logprobs = None if number else self._logprobs(piece)
+            extras = {"token_ids": piece.token_ids} if self.job.request.return_token_ids and not number else {}
+            chunks.append(self._delta(piece.choice, delta, logprobs, **extras))
         if piece.finish_reason is not None:
             extras = {name: value for name, value in self._extras(piece).items() if name != "token_ids"}
-            chunks.append(self._delta(piece.choice, {}, None, **{"finish_reason": piece.finish_reason, **extras}))
+            chunks.append(
+                self._delta(piece.choice, {}, None, **{"finish_reason": self._finish_reason(piece), **extras})
+            )
         return chunks
+
+    def _finish_reason(self, piece: Piece) -> str | None:
+        called = self._readers[piece.choice].calls > 0
+        return "tool_calls" if called and piece.finish_reason == "stop" else piece.finish_reason
 
     def _delta(
         self, choice: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, **extras: Any
@@ -188,6 +220,16 @@ class ChatAnswer(Answer):
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
         raw = self._token_bytes(token_id)
         return {"token": raw.decode(errors="replace"), "logprob": finite(logprob), "bytes": list(raw)}
+
+
+def _call_json(call: CallPiece, *, whole: bool = False) -> dict[str, Any]:
+    """A call, or a part of one; only parts are numbered."""
+    head: dict[str, Any] = {} if whole else {"index": call.index}
+    function: dict[str, Any] = {"arguments": call.arguments}
+    if call.name is not None:
+        head |= {"id": call.id, "type": "function"}
+        function = {"name": call.name, **function}
+    return {**head, "function": function}
 
 
 def finite(logprob: float) -> float:

@@ -1,7 +1,7 @@
 """The server's settings: where it listens, who may ask, and how much of anything it allows."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal, get_args, get_type_hints
 
 from jaxstack.runtime.errors import UserError
 
@@ -30,6 +30,9 @@ class ServerConfig:
       stall_timeout_s: a client that takes nothing for so long is cut off.
       drain_timeout_s: on shutdown, running requests have this long to finish.
       dead_grace_s: how long a server whose engine has died still answers `/health`.
+      tool_parser: how the model writes calls of tools; "auto" goes by its chat template, "none" refuses `tools`.
+      reasoning_parser: how it marks its thinking; "auto" goes by its chat template and tokens, "none" leaves the
+        thinking in the content.
       tokenizer_threads: threads for JSON, chat templates and tokenization.
 
     Raises:
@@ -54,6 +57,8 @@ class ServerConfig:
     stall_timeout_s: float = 60.0
     drain_timeout_s: float = 30.0
     dead_grace_s: float = 5.0
+    tool_parser: Literal["auto", "none", "hermes", "llama3", "mistral"] = "auto"
+    reasoning_parser: Literal["auto", "none", "think"] = "auto"
     tokenizer_threads: int = 2
 
     def __post_init__(self) -> None:
@@ -64,6 +69,9 @@ class ServerConfig:
         for name in ("max_body_bytes", "max_streams", "max_connections", "max_choices", "tokenizer_threads"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
         _check(self.max_stop_strings >= 0, "max_stop_strings", self.max_stop_strings, "an integer >= 0")
+        for name in ("tool_parser", "reasoning_parser"):
+            known = get_args(get_type_hints(ServerConfig)[name])
+            _check(getattr(self, name) in known, name, getattr(self, name), f"one of {', '.join(known)}")
         for name in (f.name for f in dataclasses.fields(self) if f.name.endswith("_s")):
             value = getattr(self, name)
             optional = name == "request_timeout_s" and value is None

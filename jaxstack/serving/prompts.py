@@ -11,6 +11,8 @@ from jaxstack.models.tokenizer import Tokenizer
 from jaxstack.runtime.errors import UserError
 from jaxstack.serving.config import ServerConfig
 from jaxstack.serving.errors import ApiError, bad_field
+from jaxstack.serving.message import PLAIN_TEXT, Reading
+from jaxstack.serving.messages import read_messages
 from jaxstack.serving.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -18,8 +20,10 @@ from jaxstack.serving.protocol import (
     Request,
     TokenizeRequest,
     read_as,
-    read_messages,
 )
+from jaxstack.serving.reasoning import ReasoningFormat, reasoning_format, thinking_begun
+from jaxstack.serving.tool_choice import Tools, messages_as_text
+from jaxstack.serving.tools import MARKERS, ToolFormat, tool_format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,15 +34,17 @@ class Job:
       request: as it came.
       prompts: token ids, one list a prompt.
       sampling: for each of them.
-      echo: texts to put before the answers, one a prompt; None unless asked for.
       timeout_s: when the answer ends at the latest, in seconds from now.
+      echo: texts to put before the answers, one a prompt; None unless asked for.
+      reading: how a chat's answers become messages.
     """
 
     request: Request
     prompts: list[list[int]]
     sampling: SamplingParams
-    echo: list[str] | None
     timeout_s: float | None
+    echo: list[str] | None = None
+    reading: Reading = PLAIN_TEXT
 
 
 def completion_job(body: bytes, engine: Engine, config: ServerConfig) -> Job:
@@ -57,7 +63,7 @@ def completion_job(body: bytes, engine: Engine, config: ServerConfig) -> Job:
         prompts[-1] = engine.check_prompt(prompts[-1], sampling)
         if request.echo:
             echo.append(prompt if isinstance(prompt, str) else need_tokenizer(engine).decode(prompt))
-    return Job(request, prompts, sampling, echo if request.echo else None, _timeout(request, config))
+    return Job(request, prompts, sampling, _timeout(request, config), echo if request.echo else None)
 
 
 def chat_job(body: bytes, engine: Engine, config: ServerConfig) -> Job:
@@ -66,9 +72,39 @@ def chat_job(body: bytes, engine: Engine, config: ServerConfig) -> Job:
     check_model(request.model, config)
     sampling = request.sampling(config)
     _check_choices(1, sampling.n, config)
-    tokens = _chat_tokens(need_tokenizer(engine), request.messages, request.template_variables())
+    tokenizer = need_tokenizer(engine)
+    tools = request.offered_tools()
+    if tools is not None and config.tool_parser == "none":
+        raise ApiError(400, "tools: calls are not read by this server (tool_parser none)", param="tools")
+    text, tokens = _chat_prompt(tokenizer, request.messages, request.template_variables(), tools)
     tokens = engine.check_prompt(tokens, sampling)
-    return Job(request, [tokens], sampling, None, _timeout(request, config))
+    thinking = None
+    if request.separate_reasoning and reasoning_parser(tokenizer, config) is not None:
+        thinking = thinking_begun(text, request.messages, request.continue_final_message)
+    reading = Reading(thinking, request.include_reasoning)
+    if tools is not None:
+        notation = tool_parser(tokenizer, config)
+        reading = dataclasses.replace(reading, tools=(tools, notation))
+        if tools.required:
+            raise ApiError(400, "tool_choice: required is not supported by this server", param="tool_choice")
+        if tokenizer.token_to_id(MARKERS[notation]) in tokenizer.special_ids and notation != "llama3":
+            # The marker has to reach the reader. Llama 3's can be missed: its calls are known without.
+            sampling = dataclasses.replace(sampling, skip_special_tokens=False)
+    return Job(request, [tokens], sampling, _timeout(request, config), reading=reading)
+
+
+def reasoning_parser(tokenizer: Tokenizer, config: ServerConfig) -> ReasoningFormat | None:
+    """How thinking is marked; None if it is not told apart."""
+    if config.reasoning_parser == "auto":
+        return reasoning_format(tokenizer)
+    return None if config.reasoning_parser == "none" else config.reasoning_parser
+
+
+def tool_parser(tokenizer: Tokenizer, config: ServerConfig) -> ToolFormat:
+    """The notation of calls. Hermes's where the template teaches none, for then our own instructions do."""
+    if config.tool_parser in ("auto", "none"):
+        return tool_format(tokenizer) or "hermes"
+    return config.tool_parser  # type: ignore[return-value]
 
 
 def tokenize(body: bytes, engine: Engine, config: ServerConfig) -> dict[str, Any]:
@@ -86,7 +122,7 @@ def tokenize(body: bytes, engine: Engine, config: ServerConfig) -> dict[str, Any
             continue_final_message=request.continue_final_message,
             chat_template_kwargs=request.chat_template_kwargs,
         )
-        tokens = _chat_tokens(tokenizer, read_messages(request.messages), chat.template_variables())
+        _, tokens = _chat_prompt(tokenizer, read_messages(request.messages), chat.template_variables(), None)
     answer: dict[str, Any] = {"count": len(tokens), "max_model_len": engine.max_model_len, "tokens": tokens}
     if request.return_token_strs:
         answer["token_strs"] = [tokenizer.id_to_token(token) for token in tokens]
@@ -117,12 +153,19 @@ def need_tokenizer(engine: Engine) -> Tokenizer:
     return engine.tokenizer
 
 
-def _chat_tokens(tokenizer: Tokenizer, messages: list[dict[str, Any]], variables: dict[str, Any]) -> list[int]:
+def _chat_prompt(
+    tokenizer: Tokenizer, messages: list[dict[str, Any]], variables: dict[str, Any], tools: Tools | None
+) -> tuple[str, list[int]]:
+    """The rendered conversation and its tokens."""
+    if tool_format(tokenizer) is not None:
+        variables = {**variables, **({} if tools is None else {"tools": list(tools.offered)})}
+    elif tools is not None or any(m["role"] == "tool" or m.get("tool_calls") for m in messages):
+        messages = messages_as_text(messages, tools)
     try:
         text = tokenizer.render_chat(messages, **variables)
     except UserError as error:
         raise ApiError(400, f"messages: {error}", param="messages") from None
-    return tokenizer.encode(text, add_special_tokens=False)
+    return text, tokenizer.encode(text, add_special_tokens=False)
 
 
 def _check_choices(prompts: int, n: int, config: ServerConfig) -> None:

@@ -12,50 +12,55 @@ from typing import Any, ClassVar, TypeVar
 
 import pydantic
 
-from jaxstack.engine import SamplingParams
+from jaxstack.engine import Guide, SamplingParams
 from jaxstack.serving.config import ServerConfig
-from jaxstack.serving.errors import ApiError, bad_field, shorten
+from jaxstack.serving.errors import ApiError, bad_field
+from jaxstack.serving.guides import GUIDED, read_guide
+from jaxstack.serving.messages import read_messages
+from jaxstack.serving.tool_choice import Tools, read_tools
 
 log = logging.getLogger(__name__)
 
 # Fields known to mean something we do not do, and the values with which they ask for nothing. None always does.
 _NOT_DONE: dict[str, tuple[Any, ...]] = {
-    "allowed_token_ids": ([],),
     "audio": (),
     "bad_words": ([],),
     "chat_template": (),
     "documents": ([],),
-    "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
+    "guided_whitespace_pattern": (),
     "length_penalty": (1,),
-    "logit_bias": ({},),
     "logits_processors": ([],),
-    "min_p": (0,),
-    "min_tokens": (0,),
     "modalities": (["text"],),
     "prediction": (),
-    "presence_penalty": (0,),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
     "reasoning_effort": (),
-    "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
-    "structured_outputs": (),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "truncate_prompt_tokens": (),
     "typical_p": (1,),
     "use_beam_search": (False,),
     "verbosity": (),
     "web_search_options": (),
+    # The engine's part of these is missing.
+    "allowed_token_ids": ([],),
+    "best_of": (1,),
+    "frequency_penalty": (0,),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "logit_bias": ({},),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "presence_penalty": (0,),
+    "priority": (0,),
+    "prompt_logprobs": (),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
 }
 _HINTS = {
     "reasoning_effort": "; hand it to the chat template with chat_template_kwargs",
@@ -63,15 +68,14 @@ _HINTS = {
 }
 # Fields without influence on the answer.
 _HARMLESS = {
+    "guided_decoding_backend",
     "metadata",
-    "parallel_tool_calls",
     "prompt_cache_key",
     "prompt_cache_retention",
     "safety_identifier",
     "service_tier",
     "user",
 }
-_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 _Request = TypeVar("_Request", bound="Request")
 
@@ -109,6 +113,21 @@ class Request(pydantic.BaseModel):
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    min_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    priority: int = 0
     seed: int | None = None
     n: int | None = None
     best_of: int | None = None
@@ -142,27 +161,41 @@ class Request(pydantic.BaseModel):
         """What types cannot say. Raises ApiError."""
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options: only allowed together with stream: true", param="stream_options")
-        if self.best_of not in (None, 1, self.n):
-            raise _not_done("best_of")
+        if self.stream and self.best_of not in (None, self.n or 1):
+            raise ApiError(400, "best_of: not together with stream: the best are known at the end", param="best_of")
 
     def alternatives(self) -> int | None:
         """Alternatives wanted with each token's log probability; None for no log probabilities."""
         raise NotImplementedError
 
+    def prompt_alternatives(self) -> int | None:
+        """The same for the tokens of the prompt."""
+        return self.prompt_logprobs
+
     def token_limit(self) -> int | None:
         """Tokens to generate at most; None for the rest of the window."""
         raise NotImplementedError
+
+    def guide(self) -> Guide | None:
+        """The form that the answer must have. Raises ApiError or UserError."""
+        return read_guide({name: getattr(self, name) for name in ("response_format", "structured_outputs", *GUIDED)})
 
     def sampling(self, config: ServerConfig) -> SamplingParams:
         """The engine's parameters. Raises UserError or ApiError for values out of range."""
         given = {
             "temperature": self.temperature,
             "top_p": self.top_p,
+            "min_p": self.min_p,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "repetition_penalty": self.repetition_penalty,
+            "min_tokens": self.min_tokens,
             # vLLM's clients say -1 for "all"; more than fits the engine's integers is more than any vocabulary.
             "top_k": None if self.top_k is None else 0 if self.top_k == -1 else min(self.top_k, 2**31 - 1),
             # OpenAI allows any 64-bit integer.
             "seed": None if self.seed is None else self.seed % 2**63,
             "n": self.n,
+            "best_of": None if self.best_of == (self.n or 1) else self.best_of,
             "ignore_eos": self.ignore_eos,
             "include_stop_str_in_output": self.include_stop_str_in_output,
             "skip_special_tokens": self.skip_special_tokens,
@@ -171,9 +204,23 @@ class Request(pydantic.BaseModel):
             **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
             max_tokens=self.token_limit(),
             logprobs=self.alternatives(),
+            prompt_logprobs=self.prompt_alternatives(),
+            logit_bias=self._biases(),
+            allowed_token_ids=tuple(self.allowed_token_ids) if self.allowed_token_ids else None,
+            guide=self.guide(),
             stop=self._stop_strings(config.max_stop_strings),
             stop_token_ids=tuple(self.stop_token_ids or ()),
         )
+
+    def _biases(self) -> dict[int, float] | None:
+        biases = {}
+        for key, value in (self.logit_bias or {}).items():
+            if not key.isascii() or not key.isdigit() or len(key) > 10:
+                raise bad_field("logit_bias", key, "token ids as keys")
+            if not -100 <= value <= 100:
+                raise bad_field("logit_bias", value, "numbers from -100 to 100")
+            biases[int(key)] = value
+        return biases or None
 
     def _stop_strings(self, limit: int) -> tuple[str, ...]:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -199,6 +246,11 @@ class CompletionRequest(Request):
             raise ApiError(400, "echo: log probabilities of the prompt are not available here", param="echo")
         self.prompts()
 
+    @property
+    def prompt_only(self) -> bool:
+        """Whether nothing is to be generated: `echo` with `max_tokens: 0` asks about the prompt alone."""
+        return bool(self.echo) and self.max_tokens == 0
+
     def prompts(self) -> list[str | list[int]]:
         """Every prompt, as text or as token ids."""
         prompt = self.prompt
@@ -218,7 +270,8 @@ class CompletionRequest(Request):
         return self.logprobs
 
     def token_limit(self) -> int | None:
-        return 16 if self.max_tokens is None else self.max_tokens
+        # The engine's step ends in a token in any case; the answer leaves it out.
+        return 1 if self.prompt_only else 16 if self.max_tokens is None else self.max_tokens
 
 
 class ChatRequest(Request):
@@ -232,12 +285,22 @@ class ChatRequest(Request):
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool = True
+    separate_reasoning: bool = True
 
     def check(self) -> None:
         super().check()
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "top_logprobs: only allowed together with logprobs: true", param="top_logprobs")
         self.messages = read_messages(self.messages)
+        self.offered_tools()
+
+    def offered_tools(self) -> Tools | None:
+        """The tools that may be called. Raises ApiError."""
+        return read_tools(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     def alternatives(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
@@ -251,7 +314,8 @@ class ChatRequest(Request):
         if begin_answer is None:
             begin_answer = not self.continue_final_message
         asked = self.chat_template_kwargs or {}
-        reserved = {"messages", "add_generation_prompt", "continue_final_message", "self", "context"} & set(asked)
+        own = {"messages", "tools", "add_generation_prompt", "continue_final_message", "self", "context"}
+        reserved = own & set(asked)
         if reserved:
             name = sorted(reserved)[0]
             raise ApiError(
@@ -298,72 +362,15 @@ def read_as(model: type[_Model], body: bytes) -> _Model:
         raise _first_error(error, content) from None
 
 
-def read_messages(messages: Any) -> list[dict[str, Any]]:
-    """A conversation as chat templates take it: `content` a string, `developer` called `system`.
-
-    Raises:
-      ApiError: 400, naming the message and the field.
-    """
-    if not isinstance(messages, list) or not messages:
-        raise bad_field("messages", messages, "a list of messages, at least one")
-    return [_read_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-
-
-def _read_message(message: Any, where: str) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise bad_field(where, message, "an object with role and content")
-    role = message.get("role")
-    if role not in _ROLES:
-        raise bad_field(f"{where}.role", role, f"one of {', '.join(_ROLES)}")
-    content = message.get("content")
-    if isinstance(content, list):
-        content = "\n".join(_read_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
-    calls = message.get("tool_calls")
-    if not isinstance(content, str) and not (content is None and role == "assistant" and calls):
-        raise bad_field(f"{where}.content", content, "a string or a list of text parts")
-    clean = {**message, "role": "system" if role == "developer" else role, "content": content or ""}
-    if calls:
-        clean["tool_calls"] = _read_calls(calls, f"{where}.tool_calls")
-    return clean
-
-
-def _read_part(part: Any, where: str) -> str:
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return part["text"]
-    if isinstance(part, dict) and isinstance(part.get("type"), str) and part["type"] != "text":
-        found = f"a part of type {shorten(part['type'])}"
-        raise ApiError(400, f"{where}: found {found}, expected text parts; this model reads text only", param=where)
-    raise bad_field(where, part, 'a text part {"type": "text", "text": ...}')
-
-
-def _read_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    """Earlier tool calls, their arguments decoded: templates print them as JSON themselves."""
-    if not isinstance(calls, list) or not all(
-        isinstance(c, dict) and isinstance(c.get("function"), dict) and isinstance(c["function"].get("name"), str)
-        for c in calls
-    ):
-        raise bad_field(where, calls, "a list of objects with function.name")
-    decoded = []
-    for call in calls:
-        arguments = call["function"].get("arguments")
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except (ValueError, RecursionError):
-                log.debug("%s: arguments that are not JSON are handed on as text", where)
-        decoded.append({**call, "function": {**call["function"], "arguments": arguments}})
-    return decoded
-
-
 def _refuse_what_is_not_done(content: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     unknown = []
     for name, value in content.items():
-        if name in known or value is None or name in _HARMLESS:
+        if value is None or name in _HARMLESS:
             continue
-        if name not in _NOT_DONE:
-            unknown.append(name)
-        elif value not in _NOT_DONE[name]:
+        if name in _NOT_DONE and value not in _NOT_DONE[name]:
             raise _not_done(name)
+        if name not in known and name not in _NOT_DONE:
+            unknown.append(name)
     if unknown:
         log.debug("ignored %d unknown fields: %s", len(unknown), ", ".join(sorted(unknown)[:10]))
 

@@ -164,7 +164,7 @@ class Server(uvicorn.Server):
         await super().main_loop()
         self.service.draining = True
         await self._until_idle(0 if self.failure else self.settings.drain_timeout_s)
-        await self.service.abort_all()
+        await self.service.endpoints.abort_all()
         await self._until_idle(_LAST_WORDS_S)
 
     async def _until_idle(self, limit_s: float) -> None:

@@ -1,11 +1,9 @@
 """The OpenAI-compatible HTTP application: one engine behind plain ASGI endpoints.
 
-A generating request goes one way: body within limits -> `prompts` (pool thread) -> `Generation` (pump tasks) ->
-`answers` -> JSON or server-sent events, all of it raced against the client going away. Every other outcome is an
-`ApiError`.
+A generating request goes one way: body within limits -> `endpoints` -> JSON or server-sent events, all of it raced
+against the client going away. Every other outcome is an `ApiError`.
 """
 
-import asyncio
 import contextlib
 import hmac
 import logging
@@ -13,7 +11,6 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from starlette.applications import Starlette
@@ -24,18 +21,16 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from jaxstack.engine import Engine
-from jaxstack.serving.answers import Answer, ChatAnswer, CompletionAnswer
 from jaxstack.serving.config import ServerConfig
+from jaxstack.serving.endpoints import Endpoints
 from jaxstack.serving.errors import ApiError, ClientGone, as_api_error, unavailable
 from jaxstack.serving.exchange import Exchange
-from jaxstack.serving.generation import Generation
 from jaxstack.serving.metrics import Metrics
-from jaxstack.serving.prompts import Job, chat_job, check_model, completion_job, detokenize, tokenize
+from jaxstack.serving.prompts import check_model, detokenize, tokenize
 
 log = logging.getLogger(__name__)
 
 _Handler = Callable[[Exchange], Awaitable[None]]
-_Prepare = Callable[[bytes, Engine, ServerConfig], Any]
 
 
 class Service:
@@ -56,8 +51,7 @@ class Service:
         self.active = 0
         self.started = False
         self._created = int(time.time())
-        self._pool = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="prompts")
-        self._running: set[Generation] = set()
+        self.endpoints = Endpoints(engine, config)
 
     # ------------------------------------------------------------------------------------------------------ life cycle
 
@@ -69,7 +63,7 @@ class Service:
         try:
             yield
         finally:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            self.endpoints.close()
 
     def _start(self) -> None:
         try:
@@ -88,11 +82,6 @@ class Service:
         """Whether the engine will never answer again."""
         return self.failure is not None or (self.started and not self.engine.stats().alive)
 
-    async def abort_all(self) -> None:
-        """Ends everything that is being answered; clients get what there is."""
-        for generation in list(self._running):
-            await generation.abort()
-
     # ------------------------------------------------------------------------------------------------------- endpoints
 
     async def health(self, exchange: Exchange) -> None:
@@ -110,20 +99,20 @@ class Service:
         await exchange.answer(self._card())
 
     async def tokenize(self, exchange: Exchange) -> None:
-        await exchange.answer(await self._prepare(tokenize, await exchange.body()))
+        await exchange.answer(await self.endpoints.on_pool(tokenize, await exchange.body()))
 
     async def detokenize(self, exchange: Exchange) -> None:
-        await exchange.answer(await self._prepare(detokenize, await exchange.body()))
+        await exchange.answer(await self.endpoints.on_pool(detokenize, await exchange.body()))
 
     async def completions(self, exchange: Exchange) -> None:
-        await self._generate(exchange, completion_job, CompletionAnswer)
+        await self._generate(exchange, "/v1/completions")
 
     async def chat(self, exchange: Exchange) -> None:
-        await self._generate(exchange, chat_job, ChatAnswer)
+        await self._generate(exchange, "/v1/chat/completions")
 
     # ------------------------------------------------------------------------------------------------------ generating
 
-    async def _generate(self, exchange: Exchange, prepare: _Prepare, answer: type[Answer]) -> None:
+    async def _generate(self, exchange: Exchange, path: str) -> None:
         self._check_ready()
         if self.active >= self.config.max_streams:
             message = f"{self.config.max_streams} requests are being answered, which is the limit; try again later"
@@ -131,46 +120,24 @@ class Service:
         self.active += 1
         try:
             body = await exchange.body()
-            await exchange.while_client_waits(self._answer(exchange, body, prepare, answer))
+            await exchange.while_client_waits(self._answer(exchange, path, body))
         finally:
             self.active -= 1
 
-    async def _answer(self, exchange: Exchange, body: bytes, prepare: _Prepare, answer: type[Answer]) -> None:
-        job: Job = await self._prepare(prepare, body)
-        reply = answer(job, self.engine.tokenizer, self.config.model_name)
-        stream = bool(job.request.stream)
-        async with Generation(
-            self.engine, job.prompts, job.sampling, whole=not stream, timeout_s=job.timeout_s
-        ) as generation:
-            self._running.add(generation)
-            try:
-                if stream:
-                    await self._stream(exchange, reply, generation)
-                else:
-                    await exchange.answer(reply.whole(await generation.take(), generation.usage))
-            finally:
-                self._running.discard(generation)
-
-    async def _stream(self, exchange: Exchange, reply: Answer, generation: Generation) -> None:
-        # The response begins with the first piece, so that what fails before has its own HTTP status.
-        while not generation.finished:
-            pieces = await generation.take(patience_s=self.config.comment_interval_s)
-            opening = [] if exchange.started else reply.opening()
-            if not exchange.started:
-                await exchange.start_events()
-            chunks = opening + [chunk for piece in pieces for chunk in reply.chunks(piece)]
-            if chunks:
-                await exchange.event(*chunks)
-            elif not pieces:
-                await exchange.comment()
-        closing = reply.closing(generation.usage)
-        if closing:
-            await exchange.event(*closing)
+    async def _answer(self, exchange: Exchange, path: str, body: bytes) -> None:
+        reply = await self.endpoints.prepare(path, body)
+        if not reply.job.request.stream:
+            await exchange.answer(await self.endpoints.whole(reply))
+            return
+        async with contextlib.aclosing(self.endpoints.chunks(reply, self.config.comment_interval_s)) as groups:
+            async for chunks in groups:
+                if not exchange.started:
+                    await exchange.start_events()
+                if chunks:
+                    await exchange.event(*chunks)
+                elif chunks is None:
+                    await exchange.comment()
         await exchange.end_events()
-
-    async def _prepare(self, prepare: _Prepare, body: bytes) -> Any:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, prepare, body, self.engine, self.config)
 
     def _check_ready(self) -> None:
         stats = self.engine.stats()

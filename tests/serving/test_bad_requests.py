@@ -17,6 +17,7 @@ from jaxstack.serving.protocol import ChatRequest, CompletionRequest
 
 JSON = {"content-type": "application/json"}
 GOOD = {"prompt": "x", "max_tokens": 2}
+TOOL = {"type": "function", "function": {"name": "f"}}
 SAY = [{"role": "user", "content": "x"}]
 
 
@@ -127,8 +128,27 @@ def test_bad_completions(to: Http, body: Any, param: str | None, message: str) -
         ),
         ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "messages[0].content[0]", "a text part"),
         ({"messages": [{"role": "assistant", "tool_calls": [1]}]}, "messages[0].tool_calls", "function.name"),
-        ({"messages": SAY, "tools": [{"type": "function"}]}, "tools", "not supported"),
-        ({"messages": SAY, "tool_choice": "required"}, "tool_choice", "not supported"),
+        ({"messages": SAY, "tools": {}}, "tools", "a list of tools"),
+        ({"messages": SAY, "tools": [{"type": "function"}]}, "tools[0]", '"function": {...}'),
+        ({"messages": SAY, "tools": [TOOL, TOOL]}, "tools", "'f' twice"),
+        ({"messages": SAY, "tools": [TOOL] * 129}, "tools", "found 129"),
+        (
+            {"messages": SAY, "tools": [{"type": "function", "function": {"name": "a b"}}]},
+            "tools[0].function.name",
+            "letters",
+        ),
+        (
+            {"messages": SAY, "tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]},
+            "tools[0].function.parameters",
+            "found []",
+        ),
+        ({"messages": SAY, "tool_choice": "required"}, "tool_choice", "no tools were given"),
+        ({"messages": SAY, "tools": [TOOL], "tool_choice": "sometimes"}, "tool_choice", "found 'sometimes'"),
+        (
+            {"messages": SAY, "tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+            "tool_choice",
+            "found 'g', expected one of the tools: f",
+        ),
         ({"messages": SAY, "response_format": {"type": "json_object"}}, "response_format", "not supported"),
         ({"messages": SAY, "reasoning_effort": "low"}, "reasoning_effort", "chat_template_kwargs"),
         ({"messages": SAY, "top_logprobs": 3}, "top_logprobs", "together with logprobs"),

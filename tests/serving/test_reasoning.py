@@ -1,9 +1,8 @@
 """Thinking is told apart from the answer, however the text arrives."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-import pytest
 
 from jaxstack.models.embedded import embedded_model
 from jaxstack.models.tokenizer import byte_tokenizer, load_tokenizer
@@ -50,9 +49,7 @@ def test_any_cut_gives_the_same(parts: list[str], begun: bool, data: st.DataObje
     whole = read([text], begun)
     assert read(pieces, begun) == whole
     # Nothing is lost but the first pair of markers and blanks around them.
-    assert "".join("".join(whole).split()) == "".join(
-        _without_markers(text, begun).split()
-    )
+    assert "".join("".join(whole).split()) == "".join(_without_markers(text, begun).split())
 
 
 def _without_markers(text: str, begun: bool) -> str:

@@ -60,7 +60,12 @@ CASES: list[tuple[ToolFormat, str, str, Calls]] = [
     ("llama3", "just text {", "just text {", []),
     ("llama3", f'{{"name": "f", "parameters": {TRICKY}}}', "", [("f", TRICKY)]),
     ("llama3", f' \n<|python_tag|>{{"name": "f", "parameters": {TRICKY}}}', "", [("f", TRICKY)]),
-    ("llama3", '{"name": "f", "parameters": {}}; {"name": "g", "parameters": {"x": 1}}', "", [("f", "{}"), ("g", '{"x": 1}')]),
+    (
+        "llama3",
+        '{"name": "f", "parameters": {}}; {"name": "g", "parameters": {"x": 1}}',
+        "",
+        [("f", "{}"), ("g", '{"x": 1}')],
+    ),
     ("llama3", '{"type": "function", "name": "f", "parameters": {}}', "", [("f", "{}")]),
     ("llama3", '{"name": "other", "parameters": {}} x', '{"name": "other", "parameters": {}} x', []),
     ("llama3", '{"answer": 42} and', '{"answer": 42} and', []),
@@ -99,9 +104,8 @@ ARGUMENTS = st.dictionaries(st.text(max_size=4), JSON, max_size=3)
 
 def written(notation: ToolFormat, calls: list[tuple[str, Any]]) -> str:
     if notation == "hermes":
-        return "\n".join(
-            f"<tool_call>\n{json.dumps({'name': n, 'arguments': a}, ensure_ascii=False)}\n</tool_call>" for n, a in calls
-        )
+        objects = [json.dumps({"name": n, "arguments": a}, ensure_ascii=False) for n, a in calls]
+        return "\n".join(f"<tool_call>\n{text}\n</tool_call>" for text in objects)
     if notation == "llama3":
         return "; ".join(json.dumps({"name": n, "parameters": a}, indent=1) for n, a in calls)
     return "[TOOL_CALLS] " + json.dumps([{"name": n, "arguments": a} for n, a in calls])
@@ -121,10 +125,9 @@ def test_what_was_written_is_read(notation: ToolFormat, calls: list[tuple[str, A
     assert first == ("", found[:1])
 
 
-PARTS = st.sampled_from(
-    ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[", "]", "<|python_tag|>", "{", "}", '"name"', ":", '"f"', ",", ";"]
-    + ['"arguments"', '"parameters"', "{}", '{"name": "f", "arguments": {}}', " ", "\n", "x", '"', "\\", "<", "<tool", "7"]
-)  # fmt: skip
+SYNTAX = '<tool_call> </tool_call> [TOOL_CALLS] [ARGS] [ ] <|python_tag|> { } "name" : "f" , ; < <tool'
+OTHERS = '{"name":"f","arguments":{}} "parameters" "arguments" {} x " \\ 7'
+PARTS = st.sampled_from([*SYNTAX.split(), *OTHERS.split(), " ", "\n"])
 
 
 @given(st.sampled_from(["hermes", "llama3", "mistral"]), st.lists(PARTS, max_size=12), st.data())

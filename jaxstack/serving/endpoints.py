@@ -1,0 +1,96 @@
+"""What the generating endpoints do, without HTTP: request bodies in, OpenAI's objects out.
+
+The server answers sockets with it; the batch runner and the terminal chat use it in their own process. So a body means
+the same thing wherever it is answered.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from jaxstack.engine import Engine
+from jaxstack.serving.answers import Answer, ChatAnswer, CompletionAnswer
+from jaxstack.serving.config import ServerConfig
+from jaxstack.serving.generation import Generation
+from jaxstack.serving.prompts import Job, chat_job, completion_job
+
+_Prepare = Callable[[bytes, Engine, ServerConfig], Job]
+
+_GENERATING: dict[str, tuple[_Prepare, type[Answer]]] = {
+    "/v1/completions": (completion_job, CompletionAnswer),
+    "/v1/chat/completions": (chat_job, ChatAnswer),
+}
+WHOLE_ANSWERS = tuple(_GENERATING)
+
+
+class Endpoints:
+    """Answers request bodies with one engine, which must have been started.
+
+    Args:
+      config: its limits and names hold here too.
+    """
+
+    def __init__(self, engine: Engine, config: ServerConfig):
+        self.engine, self.config = engine, config
+        self._pool = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="prompts")
+        self._running: set[Generation] = set()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def on_pool(self, prepare: Callable[[bytes, Engine, ServerConfig], Any], body: bytes) -> Any:
+        """`prepare(body, engine, config)` on a pool thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, prepare, body, self.engine, self.config)
+
+    async def prepare(self, path: str, body: bytes) -> Answer:
+        """Reads and checks a request.
+
+        Raises:
+          ApiError, UserError: what is wrong with it.
+        """
+        prepare, answer = _GENERATING[path]
+        job = await self.on_pool(prepare, body)
+        return answer(job, self.engine.tokenizer, self.config.model_name)
+
+    async def answer(self, path: str, body: bytes) -> dict[str, Any]:
+        """The whole response object; `path` is one of `WHOLE_ANSWERS`. Raises as `prepare` and `Generation.take`."""
+        return await self.whole(await self.prepare(path, body))
+
+    async def whole(self, reply: Answer) -> dict[str, Any]:
+        """The response object of a request that has been prepared."""
+        async with self._generation(reply.job, whole=True) as generation:
+            return reply.whole(await generation.take(), generation.usage)
+
+    async def chunks(
+        self, reply: Answer, patience_s: float | None = None
+    ) -> AsyncGenerator[list[dict[str, Any]] | None]:
+        """The response in chunks, as many at a time as have come; None each time nothing came for `patience_s`.
+
+        Use `contextlib.aclosing`: leaving early ends the request.
+        """
+        async with self._generation(reply.job) as generation:
+            opening = reply.opening()
+            while not generation.finished:
+                # What fails before the first of this has its own HTTP status.
+                pieces = await generation.take(patience_s=patience_s)
+                yield [*opening, *(c for piece in pieces for c in reply.chunks(piece))] if pieces or opening else None
+                opening = []
+            yield reply.closing(generation.usage)
+
+    async def abort_all(self) -> None:
+        """Ends everything that is being answered; clients get what there is."""
+        for generation in list(self._running):
+            await generation.abort()
+
+    @contextlib.asynccontextmanager
+    async def _generation(self, job: Job, *, whole: bool = False) -> AsyncIterator[Generation]:
+        async with Generation(
+            self.engine, job.prompts, job.sampling, whole=whole, timeout_s=job.timeout_s
+        ) as generation:
+            self._running.add(generation)
+            try:
+                yield generation
+            finally:
+                self._running.discard(generation)
