@@ -1,13 +1,14 @@
 """Open requests, and what becomes of the tokens drawn for them: text, stop rules, the listener, the last account."""
 
 import collections
+import heapq
 import logging
 import time
 from collections.abc import Callable, Iterable
 
 from jaxstack.engine.detokenise import IncrementalDetokenizer
 from jaxstack.engine.listeners import Collector
-from jaxstack.engine.request import Delta, FinishReason, Request, RequestTiming, Sequence, TokenLogprob
+from jaxstack.engine.request import Completion, Delta, FinishReason, Request, RequestTiming, Sequence, TokenLogprob
 from jaxstack.models.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ class Answers:
         self.finished: collections.Counter[str] = collections.Counter()
         self.prompt_tokens = self.generation_tokens = self.corrupted = 0
         self.on_finish: list[Callable[[RequestTiming], None]] = []
+        self._deadlines: list[tuple[float, int, Request]] = []
+        self._held: dict[str, list[Completion]] = {}
         self._tokenizer, self._eos, self._leave = tokenizer, frozenset(eos), leave
 
     def open(self, request: Request) -> list[Sequence]:
@@ -39,9 +42,13 @@ class Answers:
         if isinstance(request.listener, Collector):
             request.listener.request = request
         sequences = []
-        for index in range(request.sampling.n):
+        for index in range(request.choices):
             sequences.append(Sequence(request, index, list(request.prompt), self._detokenizer(request)))
         self.live[request.request_id] = sequences
+        if request.ranked:
+            self._held[request.request_id] = [Completion(index) for index in range(request.choices)]
+        if request.deadline_s is not None:
+            heapq.heappush(self._deadlines, (request.deadline_s, request.order, request))
         self.prompt_tokens += len(request.prompt)
         return sequences
 
@@ -58,6 +65,9 @@ class Answers:
             return
         sequence.tokens.append(token)
         request.token_times.append(now)
+        sequence.cumulative_logprob += sum(entry.logprob for entry in logprobs)
+        if sampling.logprobs is None:
+            logprobs = ()
         self.generation_tokens += 1
         if request.first_token_s is None:
             request.first_token_s = now
@@ -89,6 +99,13 @@ class Answers:
                 text = sequence.detokenizer.finish() if sequence.detokenizer else ""
                 self._end(sequence, reason, None, text, (), ())
 
+    def expire(self, now: float) -> None:
+        """Ends the requests whose deadline has passed."""
+        while self._deadlines and self._deadlines[0][0] <= now:
+            request = heapq.heappop(self._deadlines)[2]
+            if request.unfinished:
+                self.end_request(request.request_id, "timeout")
+
     # Inside.
 
     def _detokenizer(self, request: Request) -> IncrementalDetokenizer | None:
@@ -115,19 +132,38 @@ class Answers:
         self._tell(sequence, Delta(sequence.index, text, token_ids, logprobs, reason, why, *_counts(request)))
         if request.unfinished == 0:
             siblings = self.live.pop(request.request_id)
+            if request.ranked:
+                self._give_best(siblings)
             self.finished[reason] += 1
             timing = _timing(request, siblings, reason)
             for callback in self.on_finish:
                 callback(timing)
 
+    def _give_best(self, sequences: list[Sequence]) -> None:
+        """Tells the listener of the choices with the highest sum of logprobs, best first; each is one piece."""
+        request = sequences[0].request
+        held = self._held.pop(request.request_id)
+        ranking = sorted(sequences, key=lambda s: (s.finish_reason == "error", -s.cumulative_logprob, s.index))
+        kept = [held[s.index] for s in ranking[: request.sampling.n]]
+        discarded = sum(s.generated for s in ranking[request.sampling.n :])
+        for index, c in enumerate(kept):
+            ends = (c.finish_reason, c.stop_reason, *_counts(request), discarded if index == 0 else 0)
+            self._send(request, Delta(index, c.text, tuple(c.token_ids), tuple(c.logprobs or ()), *ends))
+
     def _tell(self, sequence: Sequence, delta: Delta) -> None:
-        listener = sequence.request.listener
+        if sequence.request.ranked:
+            self._held[sequence.request_id][delta.index].add(delta)
+        else:
+            self._send(sequence.request, delta)
+
+    def _send(self, request: Request, delta: Delta) -> None:
+        listener = request.listener
         if listener is None:
             return
         try:
             listener(delta)
         except Exception:
-            log.exception("the listener of %s failed", sequence.request.request_id)
+            log.exception("the listener of %s failed", request.request_id)
 
 
 def _counts(request: Request) -> tuple[int, int]:

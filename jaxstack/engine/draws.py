@@ -58,6 +58,6 @@ def pack_draws(plan: StepPlan, samples: int, *, scrap_slot: int) -> HostDraws:
         h["position"][i] = row.start + row.count - len(request.prompt)
         g["temperature"][i] = sampling.temperature
         g["top_p"][i] = sampling.top_p
-        if sampling.logprobs is not None:
+        if request.logprobs is not None:
             h["wants_logprobs"][...] = 1
     return HostDraws(ints, floats)

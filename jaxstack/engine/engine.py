@@ -156,17 +156,22 @@ class Engine:
         *,
         client: str = "",
         namespace: str | None = None,
+        priority: int = 0,
+        timeout_s: float | None = None,
     ) -> str:
         """Queues a prompt; `listener` is called with every piece of every choice, on the thread that steps.
 
         Args:
           client: whose request it is, for scheduling policies.
           namespace: requests share cached prefixes only within one.
+          priority: lower goes first and gives up its pages last; the policy decides among equals.
+          timeout_s: so long after its arrival the request ends as it is, with finish_reason "timeout".
 
         Returns: the request's id.
 
         Raises:
-          UserError: the prompt is empty, holds unknown tokens, or does not fit the window together with `max_tokens`.
+          UserError: the prompt is empty, holds unknown tokens, or does not fit the window together with `max_tokens`;
+            or `timeout_s` is not positive.
           QueueFull: too many requests wait.
           EngineDead: nobody would answer.
         """
@@ -177,19 +182,22 @@ class Engine:
             raise QueueFull(f"{self.config.max_waiting} requests wait already, which is the limit; try again later")
         sampling = sampling or SamplingParams()
         tokens = self.check_prompt(prompt, sampling)
-        order = next(self._order)
+        _check_timeout(timeout_s)
+        order, now = next(self._order), time.perf_counter()
         request = Request(
             request_id=request_id or f"request-{order}",
             prompt=tuple(tokens),
             sampling=sampling,
-            arrival_s=time.perf_counter(),
+            arrival_s=now,
             order=order,
             max_tokens=sampling.max_tokens or self.max_model_len - len(tokens),
             seed=self._random.getrandbits(63) if sampling.seed is None else sampling.seed,
             listener=listener,
             client=client,
             namespace=namespace,
-            unfinished=sampling.n,
+            unfinished=sampling.choices,
+            priority=priority,
+            deadline_s=None if timeout_s is None else now + timeout_s,
         )
         self._post(lambda: self._enter(request))
         return request.request_id
@@ -226,12 +234,15 @@ class Engine:
         sampling: SamplingParams | Seq[SamplingParams] | None = None,
         *,
         progress: bool = False,
+        priority: int = 0,
+        timeout_s: float | None = None,
     ) -> list[RequestOutput]:
         """Answers all prompts, in the order given. Blocks.
 
         Args:
           sampling: one for all, or one for each prompt.
           progress: a bar on stderr.
+          priority, timeout_s: of every prompt, as in `submit`.
 
         Raises:
           UserError: a prompt is wrong (see `submit`); then none is started.
@@ -240,6 +251,7 @@ class Engine:
         if len(each) != len(prompts):
             raise UserError(f"sampling: found {len(each)}, expected one for each of {len(prompts)} prompts")
         tokens = [self.check_prompt(p, s) for p, s in zip(prompts, each)]
+        _check_timeout(timeout_s)
         self.warm_up(progress)
         collectors: dict[str, Collector] = {}
         with tqdm(total=len(prompts), desc="generating", unit="prompt", disable=not progress) as bar:
@@ -247,7 +259,8 @@ class Engine:
                 for ids, params in zip(tokens, each):
                     self._wait_for_room()
                     collector = Collector(ids, params.n, bar.update)
-                    collectors[self.submit(ids, params, collector)] = collector
+                    name = self.submit(ids, params, collector, priority=priority, timeout_s=timeout_s)
+                    collectors[name] = collector
                 for collector in collectors.values():
                     self._wait_for(collector)
             except BaseException:
@@ -265,6 +278,8 @@ class Engine:
         *,
         client: str = "",
         namespace: str | None = None,
+        priority: int = 0,
+        timeout_s: float | None = None,
     ) -> AsyncIterator[Delta]:
         """The pieces of an answer as they are made, until every choice has finished. Needs `start`.
 
@@ -273,7 +288,16 @@ class Engine:
         """
         sampling = sampling or SamplingParams()
         feed = Feed(asyncio.get_running_loop(), self._touched)
-        name = self.submit(prompt, sampling, feed, request_id, client=client, namespace=namespace)
+        name = self.submit(
+            prompt,
+            sampling,
+            feed,
+            request_id,
+            client=client,
+            namespace=namespace,
+            priority=priority,
+            timeout_s=timeout_s,
+        )
         open_choices = sampling.n
         try:
             while open_choices:
@@ -322,6 +346,7 @@ class Engine:
         """One turn: take in requests, start the next step, hand out the tokens of the last. False when idle."""
         with self._driving:
             self._drain_inbox()
+            self._answers.expire(time.perf_counter())
             worked = self._pipeline.turn()
             self._flush()
             return worked
@@ -462,3 +487,8 @@ class Engine:
                 loop.call_soon_threadsafe(wake_all, feeds)
             except RuntimeError:  # the loop is closed; its requests were aborted or will be, by their iterators
                 log.debug("an event loop closed with %d open requests", len(feeds))
+
+
+def _check_timeout(timeout_s: float | None) -> None:
+    if timeout_s is not None and not 0 < timeout_s < float("inf"):
+        raise UserError(f"timeout_s: found {timeout_s!r}, expected a positive number of seconds")

@@ -20,10 +20,12 @@ class Collector:
         self._completions = [Completion(i) for i in range(n)]
         self._open, self._prompt, self._cached, self._on_done = n, prompt, 0, on_done
         self._finished_s: float | None = None
+        self._discarded = 0
 
     def __call__(self, delta: Delta) -> None:
         self._completions[delta.index].add(delta)
         self._cached = delta.cached_tokens
+        self._discarded += delta.discarded_tokens
         if delta.finish_reason is not None:
             self._open -= 1
             if self._open == 0:
@@ -42,6 +44,7 @@ class Collector:
             request.arrival_s,
             request.first_token_s,
             self._finished_s,
+            self._discarded,
         )
 
 

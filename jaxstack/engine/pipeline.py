@@ -83,7 +83,7 @@ class Pipeline:
         self.scheduler.settled(plan)
         for i, row in enumerate(plan.rows):
             if row.samples and row.sequence.finish_reason is None:
-                wanted = row.sequence.request.sampling.logprobs
+                wanted = row.sequence.request.logprobs
                 logprobs = () if wanted is None or tokens[i] < 0 else (future.logprobs(i, wanted),)
                 self._answers.take(row.sequence, tokens[i], logprobs, now)
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from jaxstack.runtime.errors import UserError
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "error", "timeout"]
 
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
@@ -243,7 +243,8 @@ class Delta:
     """One piece of one choice of one request, as it is produced.
 
     `text` is safe to show: whole characters only, and never part of a stop string. `finish_reason` is None until the
-    last piece.
+    last piece. `discarded_tokens` were generated for choices that `best_of` did not keep; one piece of a request counts
+    them.
     """
 
     index: int
@@ -254,6 +255,7 @@ class Delta:
     stop_reason: int | str | None
     prompt_tokens: int
     cached_tokens: int
+    discarded_tokens: int = 0
 
 
 @dataclasses.dataclass
@@ -278,7 +280,10 @@ class Completion:
 
 @dataclasses.dataclass
 class RequestOutput:
-    """All choices of one request. Times are seconds of `time.perf_counter`."""
+    """All choices of one request. Times are seconds of `time.perf_counter`.
+
+    `discarded_tokens` were generated for choices that `best_of` did not keep.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
@@ -287,6 +292,7 @@ class RequestOutput:
     arrival_s: float = 0.0
     first_token_s: float | None = None
     finished_s: float | None = None
+    discarded_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,7 +317,11 @@ Listener = Callable[[Delta], None]
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """One prompt with its parameters, as the scheduling policy sees it. `namespace` keeps prefix caches apart."""
+    """One prompt with its parameters, as the scheduling policy sees it.
+
+    `namespace` keeps prefix caches apart. Lower `priority` goes first. At `deadline_s` (of `time.perf_counter`) it ends
+    with what it has. `unfinished` choices of it are still generated.
+    """
 
     request_id: str
     prompt: tuple[int, ...]
@@ -328,6 +338,23 @@ class Request:
     cached_tokens: int | None = None
     token_times: list[float] = dataclasses.field(default_factory=list)
     unfinished: int = 0
+    priority: int = 0
+    deadline_s: float | None = None
+
+    @property
+    def choices(self) -> int:
+        """How many are generated: more than are given back if the best of them are."""
+        return self.sampling.choices
+
+    @property
+    def ranked(self) -> bool:
+        """Whether the choices with the highest sum of logprobs are picked when all have ended."""
+        return self.choices > self.sampling.n
+
+    @property
+    def logprobs(self) -> int | None:
+        """Alternatives to report with every token, or None where not even the chosen token's logprob is needed."""
+        return 0 if self.sampling.logprobs is None and self.ranked else self.sampling.logprobs
 
 
 @dataclasses.dataclass(eq=False)
@@ -355,6 +382,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     pending: int = 0
     in_flight: int = 0
+    cumulative_logprob: float = 0.0
 
     @property
     def request_id(self) -> str:
@@ -367,6 +395,10 @@ class Sequence:
     @property
     def arrival_s(self) -> float:
         return self.request.arrival_s
+
+    @property
+    def priority(self) -> int:
+        return self.request.priority
 
     @property
     def order(self) -> tuple[int, int]:

@@ -14,7 +14,7 @@ ends keeps its pages until its last row has settled, and nobody is preempted bef
 import collections
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 from jaxstack.engine.memory import PagePool, RadixTree
 from jaxstack.engine.request import Sequence
@@ -109,7 +109,7 @@ class Scheduler:
     def cached_tokens(self, request: Sequence) -> int:
         """Tokens of `request` that the prefix cache holds now."""
         keys = self._keys(request, self._sharable(request))
-        return self.tree.peek(keys, request.request.namespace) * self.page_size
+        return self.tree.peek(keys, self._namespace(request)) * self.page_size
 
     @property
     def in_flight(self) -> bool:
@@ -228,12 +228,13 @@ class Scheduler:
         return count
 
     def _admit(self, budget: int, rows: dict[Sequence, Row]) -> None:
-        for sequence in list(self.policy.order(self.waiting, self)):
+        ordered = sorted(self.policy.order(self.waiting, self), key=lambda s: s.priority)
+        for sequence in ordered:
             if budget <= 0 or not self._slots:
                 return
             assert isinstance(sequence, Sequence)
-            namespace = sequence.request.namespace
-            keys = self._keys(sequence, self._sharable(sequence)) if self.prefix_caching else []
+            namespace = self._namespace(sequence)
+            keys = self._keys(sequence, self._sharable(sequence)) if self._shares(sequence) else []
             if keys and self._prefix_in_flight(sequence, keys):
                 continue
             match = self.tree.match(keys, namespace)
@@ -261,11 +262,12 @@ class Scheduler:
 
     def _prefix_in_flight(self, sequence: Sequence, keys: list[tuple[int, ...]]) -> bool:
         """Whether a running prompt is about to compute the page `sequence` lacks next: then it pays to wait for it."""
-        have = self.tree.peek(keys, sequence.request.namespace)
+        namespace = self._namespace(sequence)
+        have = self.tree.peek(keys, namespace)
         if have == len(keys):
             return False
         for other in self.running:
-            if other.computed >= (have + 1) * self.page_size or other.request.namespace != sequence.request.namespace:
+            if other.computed >= (have + 1) * self.page_size or self._namespace(other) != namespace:
                 continue
             theirs = self._keys(other, self._sharable(other))
             if len(theirs) > have and theirs[have] == keys[have] and theirs[:have] == keys[:have]:
@@ -280,8 +282,11 @@ class Scheduler:
                 continue
             if self.in_flight:
                 raise _Unsettled
-            oldest = min(self.running, key=lambda s: s.order)
-            victim = self.policy.victim([s for s in self.running if s is not oldest])
+            # The first of the first class is never the victim, so that something always finishes.
+            first = min(self.running, key=lambda s: (s.priority, s.order))
+            others = [s for s in self.running if s is not first]
+            last = max(s.priority for s in others)
+            victim = self.policy.victim([s for s in others if s.priority == last])
             assert isinstance(victim, Sequence)
             rows.pop(victim, None)
             self.preempt(victim)
@@ -294,9 +299,9 @@ class Scheduler:
     def _share(self, sequence: Sequence) -> None:
         """Puts the whole computed pages of `sequence` into the tree and locks them there."""
         full = min(sequence.computed, len(sequence.tokens)) // self.page_size
-        if not self.prefix_caching or full <= sequence.shared_pages:
+        if not self._shares(sequence) or full <= sequence.shared_pages:
             return
-        match = self.tree.insert(self._keys(sequence, full), sequence.pages[:full], sequence.request.namespace)
+        match = self.tree.insert(self._keys(sequence, full), sequence.pages[:full], self._namespace(sequence))
         for i in range(sequence.shared_pages, full):
             if match.pages[i] != sequence.pages[i]:  # another sequence was first: use its page, free ours
                 self._retire([sequence.pages[i]])
@@ -319,9 +324,18 @@ class Scheduler:
         self.pool.release(sequence.pages[sequence.shared_pages :])
         if sequence.node is not None:
             self.tree.unlock(sequence.node)
+        if not self.prefix_caching and sequence.request.unfinished <= 1:
+            self.tree.drop(self._namespace(sequence))
         self._slots.append(sequence.slot)
         sequence.pages, sequence.shared_pages, sequence.node = [], 0, None
         sequence.slot, sequence.computed = -1, 0
+
+    def _shares(self, sequence: Sequence) -> bool:
+        return self.prefix_caching or sequence.request.choices > 1
+
+    def _namespace(self, sequence: Sequence) -> Hashable:
+        """Who may use the same prefixes: without a prefix cache still the choices of one request."""
+        return sequence.request.namespace if self.prefix_caching else sequence.request
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)

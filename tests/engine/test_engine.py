@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import random
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -159,6 +160,36 @@ def test_a_step_is_launched_before_the_last_one_is_read(engine, monkeypatch):
     stop = next(i for i in range(1, 4) if answer[i] not in answer[:i])
     again = engine.generate([[1, 2, 3]], greedy(40, stop_token_ids=(answer[stop],)))[0].completions[0].token_ids
     assert again == answer[: stop + 1] and events.count("launch") == stop + 2
+
+
+def test_best_of_gives_back_the_likeliest_and_counts_them_all(engine):
+    every = engine.generate([[9, 8, 7]], SamplingParams(max_tokens=6, seed=3, n=5, logprobs=2))[0]
+    best = engine.generate([[9, 8, 7]], SamplingParams(max_tokens=6, seed=3, n=2, best_of=5))[0]
+    ranked = sorted(every.completions, key=lambda c: -sum(lp.logprob for lp in c.logprobs))
+    assert [c.token_ids for c in best.completions] == [c.token_ids for c in ranked[:2]]
+    assert [c.text for c in best.completions] == [c.text for c in ranked[:2]]
+    assert all(c.logprobs is None for c in best.completions)
+    assert best.discarded_tokens == sum(len(c.token_ids) for c in ranked[2:]) and every.discarded_tokens == 0
+
+
+def test_a_deadline_ends_what_runs_and_what_waits(engine):
+    pieces: dict[str, list] = {"a": [], "b": [], "c": []}
+    engine.submit([1, 2], greedy(60), pieces["a"].append, "a", timeout_s=1e6)
+    engine.submit([3, 4], greedy(60), pieces["b"].append, "b", timeout_s=2e6)
+    for _ in range(6):
+        engine.step()
+    engine.submit([5, 6], greedy(5), pieces["c"].append, "c", timeout_s=1e6)
+    engine._drain_inbox()
+    engine._answers.expire(time.perf_counter() + 1.5e6)
+    assert [d.finish_reason for d in pieces["a"]][-1] == "timeout" and 1 < len(pieces["a"]) < 10
+    assert [(d.finish_reason, d.token_ids) for d in pieces["c"]] == [("timeout", ())]
+    assert pieces["b"][-1].finish_reason is None
+    engine.abort("b")
+    while engine.step():
+        pass
+    assert engine.stats().running == engine.stats().pages_private == 0
+    with pytest.raises(UserError, match="timeout_s: found -1"):
+        engine.generate([[1]], greedy(1), timeout_s=-1)
 
 
 def test_greedy_equals_the_plain_loop_under_preemption(plain):

@@ -73,6 +73,7 @@ def settle(s: Scheduler, plan: StepPlan) -> list[Sequence]:
 def end(s: Scheduler, q: Sequence, reason: str) -> None:
     q.finish_reason = reason
     s.finish(q)
+    q.request.unfinished -= 1
     s.check_accounting()
 
 
@@ -100,6 +101,7 @@ def test_everything_finishes_and_every_page_is_accounted_for(requests, pages, ca
         prompt = [family] * length  # families share prefixes
         sequences += make(order, prompt, max_tokens, n)
     for q in sequences:
+        q.request.priority = q.request.order % 3
         s.add(q)
     in_flight: StepPlan | None = None
     writes: dict[int, int] = {}  # of the step in flight: page -> how many tokens
@@ -146,12 +148,13 @@ def test_decode_rows_come_first_and_a_long_prompt_takes_what_is_left():
     assert [(r.sequence.request.request_id, r.count) for r in plan.rows] == [("r0", 1), ("r1", 7)]
 
 
-def test_choices_of_one_prompt_compute_it_once():
-    s = scheduler(40, rows=4, budget=64)
+@pytest.mark.parametrize("caching", [True, False])
+def test_choices_of_one_prompt_compute_it_once(caching):
+    s = scheduler(40, rows=4, budget=64, caching=caching)
     for q in make(0, list(range(21)), 3, n=3):
         s.add(q)
     assert [r.count for r in s.plan().rows] == [21]
-    s = scheduler(40, rows=4, budget=64)
+    s = scheduler(40, rows=4, budget=64, caching=caching)
     siblings = make(0, list(range(21)), 3, n=3)
     for q in siblings:
         s.add(q)
@@ -160,6 +163,22 @@ def test_choices_of_one_prompt_compute_it_once():
     # The first decodes; the others take five shared pages and compute the last token of the prompt.
     assert sorted(r.count for r in plan.rows) == [1, 1, 1]
     assert siblings[1].pages[:5] == siblings[0].pages[:5]
+    while s.running:
+        turn(s)
+    assert s.pool.free == 40 if not caching else s.pool.tree > 0
+
+
+def test_lower_priorities_go_first_and_give_up_their_pages_last():
+    s = scheduler(9, rows=3, budget=32)
+    sequences = [make(order, [order] * 8, 12)[0] for order in range(3)]
+    for q, priority in zip(sequences, (1, 0, 1)):
+        q.request.priority = priority
+        s.add(q)
+    assert [r.sequence.order[0] for r in s.plan().rows] == [1, 0, 2]
+    finished = []
+    while s.running or s.waiting:
+        finished += turn(s)
+    assert [q.order[0] for q in finished] == [1, 0, 2] and s.counters.preemptions > 0
 
 
 def test_preemption_gives_way_to_the_oldest():

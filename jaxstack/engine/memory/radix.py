@@ -151,6 +151,26 @@ class RadixTree:
         """Evicts everything that is not locked; returns the pages freed."""
         return self.evict(self.evictable)
 
+    def drop(self, namespace: Hashable) -> int:
+        """Frees what a namespace holds and nobody has locked; returns how many pages."""
+        root = self._roots.get(namespace)
+        if root is None:
+            return 0
+        nodes = [root]
+        for node in nodes:
+            nodes.extend(node.children.values())
+        freed = 0
+        for node in reversed(nodes):  # children before parents
+            if node.parent is not None and not node.lock:
+                self._pool.release(node.pages, Owner.TREE)
+                freed += len(node.pages)
+                del node.parent.children[node.keys[0]]
+                node.parent, node.pages, node.keys = None, [], []
+        self.evictable -= freed
+        if not root.children and not root.lock:
+            del self._roots[namespace]
+        return freed
+
     def nodes(self) -> Iterator[Node]:
         """Every node that holds pages, parents before children."""
         stack = list(self._roots.values())

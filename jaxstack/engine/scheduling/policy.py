@@ -14,6 +14,8 @@ class Schedulable(Protocol):
     @property
     def arrival_s(self) -> float: ...
     @property
+    def priority(self) -> int: ...
+    @property
     def order(self) -> tuple[int, int]: ...
 
 
@@ -36,11 +38,17 @@ class Policy(Protocol):
     """
 
     def order(self, waiting: Sequence[Schedulable], view: SchedulerView) -> Iterable[Schedulable]:
-        """The waiting requests, the one to admit first at the front. Must return each of them once."""
+        """The waiting requests, the one to admit first at the front. Must return each of them once.
+
+        The scheduler then moves lower priorities to the front; among equals this order stands.
+        """
         ...
 
     def victim(self, running: Sequence[Schedulable]) -> Schedulable:
-        """Which of the running requests (oldest first) gives up its pages when there are none left."""
+        """Which of the running requests (oldest first) gives up its pages when there are none left.
+
+        Asked among those whose priority comes last; the oldest of the first priority is never among them.
+        """
         ...
 
     def on_admit(self, request: Schedulable, cached: int) -> None:
