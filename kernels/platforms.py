@@ -48,6 +48,16 @@ def implementation_for(
     return asked
 
 
+def pallas_kernel(form: str) -> tuple[str, bool]:
+    """Which Pallas kernel `form` runs, "pallas_gpu" or "pallas_tpu", and whether in Pallas's interpreter.
+
+    "interpret" is the TPU's kernel where the program is for a TPU, else the GPU's.
+    """
+    if form != "interpret":
+        return form, False
+    return ("pallas_tpu" if platform() == "tpu" else "pallas_gpu"), True
+
+
 def platform() -> str:
     """ "cpu", "gpu" or "tpu" (or another backend's name): what the program being traced is for."""
     device = _abstract_device()

@@ -3,6 +3,7 @@
 Rows lie sorted by group. `work_items` cuts them into blocks of one group each; the fast forms loop over those:
 
     ref.py: every matrix for every row, then a choice        xla.py: a loop over blocks (CPU), `ragged_dot` elsewhere
+    pallas_gpu.py: one program a block                       pallas_tpu.py: aligned tiles, each once a group it touches
 """
 
 from typing import Literal
@@ -15,8 +16,8 @@ from kernels.platforms import implementation_for
 
 __all__ = ["Implementation", "grouped_matmul"]
 
-Implementation = Literal["ref", "xla"]
-_FORMS = ("ref", "xla")
+Implementation = Literal["ref", "xla", "pallas_gpu", "pallas_tpu", "interpret"]
+_FORMS = ("ref", "xla", "pallas_gpu", "pallas_tpu", "interpret")
 
 
 def grouped_matmul(
@@ -36,7 +37,8 @@ def grouped_matmul(
 
     Args:
       layer: which matrices of a stack; required with four axes, refused with three.
-      implementation: "ref" (the oracle) or "xla". None picks the fastest that can run here.
+      implementation: "ref" (the oracle), "xla", "pallas_gpu", "pallas_tpu", or "interpret" (the Pallas kernel in
+        Pallas's interpreter). None picks the fastest that can run here.
 
     Raises:
       ValueError: shapes that do not fit, or an unknown implementation.

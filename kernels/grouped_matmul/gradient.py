@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.grouped_matmul import xla
+from kernels.platforms import pallas_kernel
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -16,7 +17,14 @@ def grouped_matmul(form, x, stack, group_sizes, layer):
 
 
 def _forward(form, x, stack, group_sizes, layer, *, transposed=False):
-    return xla.grouped_matmul(x, stack, group_sizes, layer, transposed=transposed)
+    if form == "xla":
+        return xla.grouped_matmul(x, stack, group_sizes, layer, transposed=transposed)
+    kernel, interpret = pallas_kernel(form)
+    if kernel == "pallas_gpu":
+        from kernels.grouped_matmul import pallas_gpu as pallas
+    else:
+        from kernels.grouped_matmul import pallas_tpu as pallas
+    return pallas.grouped_matmul(x, stack, group_sizes, layer, transposed=transposed, interpret=interpret)
 
 
 def _keep(form, x, stack, group_sizes, layer):

@@ -4,10 +4,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import lowering
 import numpy as np
 import pytest
 
-from kernels.grouped_matmul import grouped_matmul
+from kernels.grouped_matmul import grouped_matmul, pallas_gpu, pallas_tpu
 
 FORMS = ["ref", "xla"]
 SIZES = [[0, 3, 0, 1, 17], [16, 16, 0, 0, 8], [40, 0, 0, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 5, 0], [1, 1, 1, 1, 1]]
@@ -122,3 +123,64 @@ def test_what_does_not_fit_is_named(arrays):
     with pytest.raises(ValueError, match="found implementation='fast'"):
         grouped_matmul(x, w[0], sizes, implementation="fast")
     assert grouped_matmul(x[:0], w[0], sizes * 0).shape == (0, COLUMNS)
+
+
+PALLAS = {"gpu": pallas_gpu.grouped_matmul, "tpu": pallas_tpu.grouped_matmul}
+
+
+@pytest.mark.parametrize("kernel", PALLAS)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_pallas_kernels_equal_float64_in_the_interpreter(kernel, transposed, monkeypatch):
+    """With tiles so small that groups share them and every edge is ragged."""
+    monkeypatch.setattr(pallas_gpu, "tile_for", lambda *_: pallas_gpu.Tile(4, 16, 8, 4, 2))
+    monkeypatch.setattr(pallas_tpu, "tile_for", lambda *_: pallas_tpu.Tile(8, 16, 16))
+    rng = np.random.default_rng(4)
+    x, w = rng.normal(size=(ROWS, 24)), rng.normal(size=(2, GROUPS, 24, COLUMNS))
+    stack = jnp.asarray(w.swapaxes(2, 3) if transposed else w, jnp.float32)
+    run = jax.jit(functools.partial(PALLAS[kernel], transposed=transposed, interpret=True))
+    for sizes in SIZES:
+        found = run(jnp.asarray(x, jnp.float32), stack, jnp.asarray(sizes, jnp.int32), jnp.int32(1))
+        np.testing.assert_allclose(found, expected(x, w[1], sizes), atol=2e-5, err_msg=str(sizes))
+
+
+def test_interpret_through_the_operation_with_gradients(arrays):
+    x, w = (a.astype(jnp.bfloat16) for a in arrays)
+    sizes = jnp.asarray(SIZES[0], jnp.int32)
+
+    def gradients(form):
+        total = lambda x, w: grouped_matmul(x, w, sizes, implementation=form).astype(jnp.float32).sum()  # noqa: E731
+        return jax.jit(jax.value_and_grad(total, (0, 1)))(x, w[0])
+
+    (found, of_found), (wanted, of_wanted) = gradients("interpret"), gradients("xla")
+    np.testing.assert_allclose(found, wanted, rtol=2e-2)
+    for a, b in zip(of_found, of_wanted):
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=2e-2, atol=5e-2)
+
+
+# Decode and prompt rows of a mixture like Qwen3-30B-A3B's, and shapes that no tile divides.
+SHAPES = [(64, 128, 2048, 768), (4096, 128, 768, 2048), (5, 3, 200, 100)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("device", [*lowering.GPUS, *lowering.TPUS])
+def test_lowers_for_accelerators(device, shape):
+    rows, groups, depth, columns = shape
+    x = jax.ShapeDtypeStruct((rows, depth), jnp.bfloat16)
+    w = jax.ShapeDtypeStruct((2, groups, depth, columns), jnp.bfloat16)
+    sizes, layer = jax.ShapeDtypeStruct((groups,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+
+    def loss(x, w, sizes, layer):  # by itself chosen for the device, forwards and backwards
+        return grouped_matmul(x, w, sizes, layer=layer).astype(jnp.float32).sum()
+
+    text = lowering.lowered_text(jax.grad(loss), x, w, sizes, layer, device=device)
+    assert (lowering.TRITON if device in lowering.GPUS else lowering.TPU) in text
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_tiles_fit_on_chip(dtype):
+    for rows, _, depth, columns in [*SHAPES, (4096, 8, 14336, 4096)]:
+        tile = pallas_tpu.tile_for(rows, columns, depth)
+        assert pallas_tpu.vmem_bytes(tile, dtype, dtype) < 12 << 20
+        tile = pallas_gpu.tile_for(rows, 8)
+        one_stage = (tile.rows + tile.columns) * tile.depth * jnp.dtype(dtype).itemsize
+        assert one_stage * tile.stages <= 160 << 10  # shared memory of an A100
