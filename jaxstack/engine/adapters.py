@@ -7,6 +7,8 @@ unloaded takes no new requests, and its slot is free again when the last of its 
 
 import dataclasses
 import itertools
+import threading
+from collections.abc import Hashable
 
 from jaxstack.runtime.errors import UserError
 
@@ -25,6 +27,7 @@ class Adapter:
       number: no two adapters ever loaded share it; cached prefixes are kept apart by it.
       users: open requests.
       leaving: unloaded; gone when `users` is 0.
+      namespaces: of its cached prefixes.
     """
 
     name: str
@@ -32,10 +35,17 @@ class Adapter:
     number: int
     users: int = 0
     leaving: bool = False
+    namespaces: set[Hashable] = dataclasses.field(default_factory=set)
+
+    def namespace(self, of_request: Hashable) -> Hashable:
+        """Where a request of this adapter keeps its cached prefixes: apart from those of any other adapter."""
+        made = (self.number, of_request)
+        self.namespaces.add(made)
+        return made
 
 
 class AdapterRegistry:
-    """Names and slots. Slot 0 is "no adapter" and never given out.
+    """Names and slots. Slot 0 is "no adapter" and never given out. Callable from any thread.
 
     Args:
       max_adapters: slots.
@@ -46,6 +56,7 @@ class AdapterRegistry:
         self._by_name: dict[str, Adapter] = {}
         self._free = list(range(max_adapters, 0, -1))
         self._numbers = itertools.count(1)
+        self._lock = threading.RLock()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -75,26 +86,32 @@ class AdapterRegistry:
 
     def load(self, name: str) -> Adapter:
         """Gives a new adapter a slot. Raises UserError as `check_room` does."""
-        self.check_room(name)
-        adapter = self._by_name[name] = Adapter(name, self._free.pop(), next(self._numbers))
-        return adapter
+        with self._lock:
+            self.check_room(name)
+            adapter = self._by_name[name] = Adapter(name, self._free.pop(), next(self._numbers))
+            return adapter
 
     def unload(self, name: str) -> Adapter:
         """Takes the name away; the slot follows when nobody uses it. Raises UnknownAdapter."""
-        adapter = self.find(name)
-        del self._by_name[name]
-        adapter.leaving = True
-        self._settle(adapter)
-        return adapter
+        with self._lock:
+            adapter = self.find(name)
+            del self._by_name[name]
+            adapter.leaving = True
+            self._settle(adapter)
+            return adapter
 
-    def acquire(self, adapter: Adapter) -> None:
-        """A request of this adapter begins."""
-        adapter.users += 1
+    def acquire(self, name: str) -> Adapter:
+        """A request of this adapter begins. Raises UnknownAdapter."""
+        with self._lock:
+            adapter = self.find(name)
+            adapter.users += 1
+            return adapter
 
     def release(self, adapter: Adapter) -> None:
         """A request of this adapter has ended."""
-        adapter.users -= 1
-        self._settle(adapter)
+        with self._lock:
+            adapter.users -= 1
+            self._settle(adapter)
 
     def _settle(self, adapter: Adapter) -> None:
         if adapter.leaving and not adapter.users:

@@ -37,6 +37,7 @@ class BatchShape:
             "tokens": (rows,),
             "positions": (rows,),
             "write_slots": (rows,),
+            "adapters": (rows,),
             "block_tables": (sequences, self.table_pages),
             "kv_lens": (sequences,),
             "query_starts": (sequences + 1,),
@@ -104,6 +105,8 @@ def pack(plan: StepPlan, shapes: Seq[BatchShape], *, page_size: int, num_pages: 
             f["positions"][at : at + row.count] = position
             pages = np.asarray(sequence.pages, np.int64)[position // page_size]
             f["write_slots"][at : at + row.count] = pages * page_size + position % page_size
+        if sequence.request.adapter is not None:
+            f["adapters"][at : at + row.count] = sequence.request.adapter.slot
         f["block_tables"][i, : len(sequence.pages)] = sequence.pages
         f["kv_lens"][i] = end
         at += row.count

@@ -28,6 +28,8 @@ class EngineConfig:
       prefix_caching: keep the keys and values of finished prompts and answers for later prompts that begin alike.
       dtype: of weights, activations and cache; "auto" is float32 on CPU and bfloat16 elsewhere.
       pack_weights: lay weights out for the CPU kernel of `kernels.matmul`; by default wherever that kernel runs.
+      max_adapters: LoRA adapters loaded at once; each slot takes memory whether it is used or not.
+      max_adapter_rank: the largest rank that an adapter may have.
       max_waiting: requests waiting beyond which a new one is refused.
       overlap: start a step before the results of the one before have been read; False takes one after the other.
       seed: of the generator that gives seeds to requests without one.
@@ -41,14 +43,18 @@ class EngineConfig:
     prefix_caching: bool = True
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     pack_weights: bool | None = None
+    max_adapters: int = 0
+    max_adapter_rank: int = 16
     max_waiting: int = 1024
     overlap: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_sequences", "max_batch_tokens", "page_size", "max_waiting"):
+        for name in ("max_sequences", "max_batch_tokens", "page_size", "max_waiting", "max_adapter_rank"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: found {getattr(self, name)}, expected an integer >= 1")
+        if self.max_adapters < 0:
+            raise UserError(f"max_adapters: found {self.max_adapters}, expected an integer >= 0")
         if self.page_size & (self.page_size - 1):
             raise UserError(f"page_size: found {self.page_size}, expected a power of two")
         if self.max_batch_tokens < self.max_sequences:

@@ -15,23 +15,27 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as Seq
+from concurrent.futures import Future
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
+from jaxstack.engine.adapters import AdapterRegistry
 from jaxstack.engine.answers import Answers
 from jaxstack.engine.config import EngineConfig, sizes
 from jaxstack.engine.listeners import Collector, Feed, wake_all
 from jaxstack.engine.pipeline import Pipeline
-from jaxstack.engine.request import Delta, Listener, Request, RequestOutput, RequestTiming, SamplingParams
+from jaxstack.engine.request import Delta, Listener, Request, RequestOutput, RequestTiming, SamplingParams, Sequence
 from jaxstack.engine.runner import Runner
 from jaxstack.engine.scheduler import Scheduler
 from jaxstack.engine.scheduling import FirstComeFirstServed, Policy
 from jaxstack.engine.stats import EngineStats
+from jaxstack.models.adapter_slots import add_slots
 from jaxstack.models.checkpoint import load_decoder
 from jaxstack.models.decoder import Decoder
+from jaxstack.models.peft_format import read_peft
 from jaxstack.models.serving_layout import fuse_for_serving
 from jaxstack.models.tokenizer import Tokenizer, load_tokenizer
 from jaxstack.runtime.errors import UserError
@@ -92,6 +96,9 @@ class Engine:
         if packing is None:
             packing = on_cpu and dtype == jnp.float32 and matmul.available()
         decoder = fuse_for_serving(decoder, pack=packing, consume=True)
+        if config.max_adapters:
+            add_slots(decoder, config.max_adapters, config.max_adapter_rank, dtype)
+        self._adapters = AdapterRegistry(config.max_adapters)
         chosen = sizes(config, model, dtype.itemsize)
         self.max_model_len = chosen.max_model_len
         self.vocab_size = min(model.vocab_size, tokenizer.vocab_size) if tokenizer else model.vocab_size
@@ -104,9 +111,10 @@ class Engine:
             slots=config.max_sequences,
             vocab_size=self.vocab_size,
             dtype=dtype,
+            adapter_rank=config.max_adapter_rank,
         )
         eos = frozenset(model.eos_token_ids) | frozenset(tokenizer.eos_token_ids if tokenizer else ())
-        self._answers = Answers(tokenizer, eos, lambda sequence: self.scheduler.finish(sequence))
+        self._answers = Answers(tokenizer, eos, self._leave)
         self._pipeline = Pipeline(
             self._new_scheduler(chosen.num_pages),
             self.runner,
@@ -158,6 +166,7 @@ class Engine:
         namespace: str | None = None,
         priority: int = 0,
         timeout_s: float | None = None,
+        adapter: str | None = None,
     ) -> str:
         """Queues a prompt; `listener` is called with every piece of every choice, on the thread that steps.
 
@@ -166,12 +175,13 @@ class Engine:
           namespace: requests share cached prefixes only within one.
           priority: lower goes first and gives up its pages last; the policy decides among equals.
           timeout_s: so long after its arrival the request ends as it is, with finish_reason "timeout".
+          adapter: the name of a loaded LoRA adapter to answer with.
 
         Returns: the request's id.
 
         Raises:
           UserError: the prompt is empty, holds unknown tokens, or does not fit the window together with `max_tokens`;
-            or `timeout_s` is not positive.
+            `timeout_s` is not positive; or no such adapter is loaded.
           QueueFull: too many requests wait.
           EngineDead: nobody would answer.
         """
@@ -184,6 +194,7 @@ class Engine:
         tokens = self.check_prompt(prompt, sampling)
         _check_timeout(timeout_s)
         order, now = next(self._order), time.perf_counter()
+        held = None if adapter is None else self._adapters.acquire(adapter)
         request = Request(
             request_id=request_id or f"request-{order}",
             prompt=tuple(tokens),
@@ -194,7 +205,8 @@ class Engine:
             seed=self._random.getrandbits(63) if sampling.seed is None else sampling.seed,
             listener=listener,
             client=client,
-            namespace=namespace,
+            namespace=namespace if held is None else held.namespace(namespace),
+            adapter=held,
             unfinished=sampling.choices,
             priority=priority,
             deadline_s=None if timeout_s is None else now + timeout_s,
@@ -236,6 +248,7 @@ class Engine:
         progress: bool = False,
         priority: int = 0,
         timeout_s: float | None = None,
+        adapter: str | None = None,
     ) -> list[RequestOutput]:
         """Answers all prompts, in the order given. Blocks.
 
@@ -243,6 +256,7 @@ class Engine:
           sampling: one for all, or one for each prompt.
           progress: a bar on stderr.
           priority, timeout_s: of every prompt, as in `submit`.
+          adapter: the LoRA adapter that answers, as in `submit`.
 
         Raises:
           UserError: a prompt is wrong (see `submit`); then none is started.
@@ -257,9 +271,9 @@ class Engine:
         with tqdm(total=len(prompts), desc="generating", unit="prompt", disable=not progress) as bar:
             try:
                 for ids, params in zip(tokens, each):
-                    self._wait_for_room()
+                    self._wait_until(self._room)
                     collector = Collector(ids, params.n, bar.update)
-                    name = self.submit(ids, params, collector, priority=priority, timeout_s=timeout_s)
+                    name = self.submit(ids, params, collector, priority=priority, timeout_s=timeout_s, adapter=adapter)
                     collectors[name] = collector
                 for collector in collectors.values():
                     self._wait_for(collector)
@@ -280,6 +294,7 @@ class Engine:
         namespace: str | None = None,
         priority: int = 0,
         timeout_s: float | None = None,
+        adapter: str | None = None,
     ) -> AsyncIterator[Delta]:
         """The pieces of an answer as they are made, until every choice has finished. Needs `start`.
 
@@ -297,6 +312,7 @@ class Engine:
             namespace=namespace,
             priority=priority,
             timeout_s=timeout_s,
+            adapter=adapter,
         )
         open_choices = sampling.n
         try:
@@ -307,6 +323,44 @@ class Engine:
         finally:
             if open_choices:
                 self.abort(name)
+
+    # Adapters.
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the loaded LoRA adapters."""
+        return self._adapters.names
+
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        """Loads a PEFT folder; requests may name it from then on. Compiles nothing once the engine is warm. Blocks.
+
+        Raises:
+          UserError: the folder is none, or holds what cannot be served; its rank is above `max_adapter_rank`; the name
+            is taken; no slot is free.
+        """
+        self._adapters.check_room(name)
+        contents = self.runner.adapter_contents(read_peft(folder), folder)
+
+        def enter() -> None:
+            self.runner.write_adapter(self._adapters.load(name).slot, contents)
+
+        self._between_steps(enter)
+
+    def unload_adapter(self, name: str) -> None:
+        """Takes no new requests for an adapter, waits until those that use it have ended, and frees its slot.
+
+        Raises:
+          UserError: no adapter of that name is loaded.
+        """
+        adapter = self._adapters.unload(name)
+        self._wait_until(lambda: not adapter.users)
+
+        def forget() -> None:
+            self._pipeline.settle()  # what has just ended still gives its pages to the cache
+            for namespace in adapter.namespaces:
+                self.scheduler.tree.drop(namespace)
+
+        self._between_steps(forget)
 
     # The step loop.
 
@@ -408,14 +462,33 @@ class Engine:
     def _room(self) -> bool:
         return len(self.scheduler.waiting) + len(self._inbox) < self.config.max_waiting
 
-    def _wait_for_room(self) -> None:
-        while not self._room():
+    def _wait_until(self, holds: Callable[[], bool]) -> None:
+        """Lets steps pass, or drives them, until a condition that they bring about holds."""
+        while not holds():
             if self._thread is None:
                 self.step()
             else:
                 with self._turned:  # the timeout is for a thread that dies between two looks
-                    self._turned.wait_for(lambda: self._room() or self._death is not None, timeout=1.0)
+                    self._turned.wait_for(lambda: holds() or self._death is not None, timeout=1.0)
                 self._raise_if_dead()
+
+    def _between_steps(self, action: Callable[[], None]) -> None:
+        """Runs `action` where no other thread plans or launches, and passes on what it raises."""
+        done: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                action()
+                done.set_result(None)
+            except BaseException as error:
+                done.set_exception(error)
+
+        self._post(run)
+        if self._thread in (None, threading.current_thread()):
+            with self._driving:
+                self._drain_inbox()
+        self._wait_until(done.done)
+        done.result()
 
     def _wait_for(self, collector: Collector) -> None:
         while not collector.done.is_set():
@@ -475,6 +548,12 @@ class Engine:
     def _enter(self, request: Request) -> None:
         for sequence in self._answers.open(request):
             self.scheduler.add(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.scheduler.finish(sequence)
+        request = sequence.request
+        if request.adapter is not None and request.unfinished == 1:
+            self._adapters.release(request.adapter)
 
     def _flush(self) -> None:
         """Wakes whoever waits for a turn, and each event loop once, however many of its requests got a token."""

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
 
+from jaxstack.engine.adapters import Adapter
 from jaxstack.runtime.errors import UserError
 
 FinishReason = Literal["stop", "length", "abort", "error", "timeout"]
@@ -333,6 +334,7 @@ class Request:
     listener: Listener | None = None
     client: str = ""
     namespace: Any = None
+    adapter: Adapter | None = None
     scheduled_s: float | None = None
     first_token_s: float | None = None
     cached_tokens: int | None = None

@@ -14,6 +14,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,10 @@ from jaxstack.engine.draws import HostDraws, float_fields, int_fields, pack_draw
 from jaxstack.engine.request import TokenLogprob
 from jaxstack.engine.sampling import RowParams, Sampled, sample
 from jaxstack.engine.scheduler import StepPlan
+from jaxstack.models.adapter_slots import slot_contents, slot_sites, write_slot
 from jaxstack.models.decoder import Decoder
+from jaxstack.models.linear import AdapterFactors, AdapterStack
+from jaxstack.models.peft_format import PeftAdapter
 from jaxstack.runtime.compilation import CompileCounter
 from kernels.kv_write import kv_write
 from kernels.paged_attention import paged_attention, ragged
@@ -70,6 +74,7 @@ class Runner:
       slots: sequences running at once. State per slot has one slot more, where padding rows write.
       vocab_size: token ids at or beyond it are never drawn (a model's table may be padded beyond its tokenizer's).
       dtype: of activations and cache.
+      adapter_rank: of the decoder's adapter slots, if it has any.
     """
 
     def __init__(
@@ -82,13 +87,18 @@ class Runner:
         slots: int,
         vocab_size: int,
         dtype: jnp.dtype,
+        adapter_rank: int = 0,
     ):
         self.config = decoder.config
         self.shapes = tuple(shapes)
         self.page_size = page_size
         self.dtype = jnp.dtype(dtype)
-        self._vocab_size = vocab_size
-        self._graph, self._weights = nnx.split(decoder)
+        self._vocab_size, self._rank = vocab_size, adapter_rank
+        self._sites = slot_sites(decoder)
+        graph, adapters, weights = nnx.split(decoder, AdapterFactors, ...)
+        self._graph: nnx.GraphDef = graph
+        self._weights = (adapters, weights)
+        self._write_adapter: Callable | None = None
         heads, head_dim = self.config.num_kv_heads, self.config.head_dim
         self._cache_shape = (self.config.num_layers, num_pages + 1, page_size, 2 * heads, head_dim)
         self._cache = jnp.zeros(self._cache_shape, self.dtype)
@@ -141,6 +151,7 @@ class Runner:
             sampled = self._draw(rows, logits, pack_draws(StepPlan([], 0), rows, scrap_slot=self.scrap_slot))
             jax.block_until_ready(sampled)
             self._steps[shape] = step
+        self._compile_adapter_writer()
         self._counter.reset()
 
     def compile(self, shape: BatchShape):
@@ -184,6 +195,28 @@ class Runner:
         sampled, self._last_token = self._samplers[rows](logits, draws.ints, draws.floats, self._last_token)
         return sampled
 
+    def adapter_contents(self, adapter: PeftAdapter, source: str | Path) -> list[AdapterStack]:
+        """What `write_adapter` puts into a slot for a PEFT adapter: host arrays. Raises as `slot_contents` does."""
+        contents = slot_contents(self._sites, adapter, self._rank, self.dtype, source=source)
+        return [contents[tuple(map(str, path[:-2]))] for path, _ in nnx.to_flat_state(self._weights[0])]
+
+    def write_adapter(self, slot: int, contents: list[AdapterStack]) -> None:
+        """Replaces the adapter in a slot, for steps launched from now on."""
+        write = self._compile_adapter_writer()
+        adapters, weights = self._weights
+        variables = nnx.to_flat_state(adapters)
+        stacks = write([v.get_value() for _, v in variables], np.int32(slot), contents)
+        adapters = nnx.from_flat_state([(path, v.replace(stack)) for (path, v), stack in zip(variables, stacks)])
+        self._weights = (adapters, weights)
+
+    def _compile_adapter_writer(self) -> Callable:
+        if self._write_adapter is None:
+            stacks = [v.get_value() for _, v in nnx.to_flat_state(self._weights[0])]
+            contents = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0], *x.shape[2:]), x.dtype), stacks)
+            slot = jax.ShapeDtypeStruct((), jnp.int32)
+            self._write_adapter = jax.jit(write_slot, donate_argnums=(0,)).lower(stacks, slot, contents).compile()
+        return self._write_adapter
+
     def reset_cache(self) -> None:
         """A new empty cache, for when a failed step has consumed the old one."""
         self._cache = jnp.zeros(self._cache_shape, self.dtype)
@@ -193,7 +226,7 @@ class Runner:
         f = cut(ints, shape.int_fields)
         known = f["tokens"]
         tokens = jnp.where(known >= 0, known, last_token[jnp.maximum(-1 - known, 0)])
-        decoder = nnx.merge(self._graph, weights)
+        decoder = nnx.merge(self._graph, *weights)
         batch = ragged(f["block_tables"], f["kv_lens"], f["query_starts"], f["num_decodes"], rows=shape.rows)
         scale = self.config.head_dim**-0.5
 
@@ -201,7 +234,9 @@ class Runner:
             cache = kv_write(cache, k, v, layer.index, f["write_slots"])
             return paged_attention(q, cache, layer.index, batch, scale=scale, window=layer.window), cache
 
-        hidden, cache = decoder.hidden(tokens, f["positions"], attend, cache, compute_dtype=self.dtype)
+        hidden, cache = decoder.hidden(
+            tokens, f["positions"], attend, cache, adapter_ids=f["adapters"], compute_dtype=self.dtype
+        )
         last = jnp.maximum(f["query_starts"][1:] - 1, 0)
         logits = decoder.logits(hidden if shape.decode else hidden[last])
         if logits.shape[-1] > self._vocab_size:

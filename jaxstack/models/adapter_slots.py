@@ -33,46 +33,52 @@ class SlotSite:
 
     Attributes:
       path: of the layer in the decoder, ("layers", "self_attn", "qkv_proj").
-      linear: the layer itself.
       layers: the numbers of its layers, in the order of its leading axis.
+      in_features: of its input.
       parts: the checkpoint's names of the modules side by side in it, and the output features of each.
     """
 
     path: tuple[str, ...]
-    linear: Linear
     layers: tuple[int, ...]
+    in_features: int
     parts: tuple[tuple[str, int], ...]
+
+    @property
+    def out_features(self) -> int:
+        return sum(features for _, features in self.parts)
 
 
 def slot_sites(decoder: Decoder) -> list[SlotSite]:
     """The linear layers of the stack that can carry adapters, in the order data meets them."""
-    found = []
+    return [_site(decoder.config, path, linear) for path, linear in _linears(decoder)]
+
+
+def _linears(decoder: Decoder) -> Iterator[tuple[tuple[str, ...], Linear]]:
     for parent in ("self_attn", "mlp"):
         for name, child in vars(getattr(decoder.layers, parent)).items():
             if isinstance(child, Linear):
-                found.append(_site(decoder.config, ("layers", parent, name), child))
-    return found
+                yield ("layers", parent, name), child
 
 
 def _site(config: DecoderConfig, path: tuple[str, ...], linear: Linear) -> SlotSite:
     names = _PARTS.get(path[-1], (path[-1],))
-    out_features = linear.kernel.get_value().shape[-1]
+    *_, in_features, out_features = linear.kernel.get_value().shape
     if path[-1] == "qkv_proj":
         widths = [n * config.head_dim for n in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
     else:
         widths = [out_features // len(names)] * len(names)
-    return SlotSite(path, linear, tuple(range(config.num_layers)), tuple(zip(names, widths)))
+    return SlotSite(path, tuple(range(config.num_layers)), in_features, tuple(zip(names, widths)))
 
 
 def add_slots(decoder: Decoder, slots: int, rank: int, dtype: jnp.dtype) -> None:
     """Gives every linear layer of the stack room for `slots` adapters of at most `rank`, all empty."""
-    for site in slot_sites(decoder):
-        *_, in_features, out_features = site.linear.kernel.get_value().shape
+    for path, linear in _linears(decoder):
+        site = _site(decoder.config, path, linear)
         shape, width = (len(site.layers), slots + 1), rank * len(site.parts)
-        site.linear.lora = LoraSlots(
+        linear.lora = LoraSlots(
             AdapterStack(
-                jnp.zeros((*shape, in_features, width), dtype),
-                jnp.zeros((*shape, width, out_features), dtype),
+                jnp.zeros((*shape, site.in_features, width), dtype),
+                jnp.zeros((*shape, width, site.out_features), dtype),
                 jnp.zeros(shape, dtype),
             )
         )
@@ -95,17 +101,16 @@ def slot_contents(
     factors = dict(_apart(sites, adapter.factors))
     contents = {}
     for site in sites:
-        *_, in_features, out_features = site.linear.kernel.get_value().shape
         width = rank * len(site.parts)
-        a = np.zeros((len(site.layers), in_features, width), np.float32)
-        b = np.zeros((len(site.layers), width, out_features), np.float32)
+        a = np.zeros((len(site.layers), site.in_features, width), np.float32)
+        b = np.zeros((len(site.layers), width, site.out_features), np.float32)
         for i, layer in enumerate(site.layers):
             column = 0
             for number, (part, features) in enumerate(site.parts):
                 module = hf_module((*site.path[:-1], part), layer)
                 found = factors.pop(module, None)
                 if found is not None:
-                    _check(found, module, rank, in_features, features, source)
+                    _check(found, module, rank, site.in_features, features, source)
                     r = found.a.shape[1]
                     row = number * rank
                     a[i, :, row : row + r] = found.a

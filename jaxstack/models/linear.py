@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from kernels.lora_matmul import lora_matmul
 from kernels.matmul import PackedWeight, matmul
 
 
@@ -92,22 +93,8 @@ class LoraSlots(nnx.Module):
             return jnp.zeros((*x.shape[:-1], factors.b.shape[-1]), x.dtype)
         rows = x.reshape(-1, x.shape[-1])
         ids = jnp.broadcast_to(adapter_ids, x.shape[:-1]).reshape(-1)
-        out = _lora_matmul(rows, factors.a, factors.b, factors.scale, ids, layer=factors.layer)
+        out = lora_matmul(rows, factors.a, factors.b, factors.scale, ids, layer=factors.layer)
         return out.reshape(*x.shape[:-1], out.shape[-1])
-
-
-def _lora_matmul(x, a, b, scale, adapter_of_row, *, layer):
-    def product():
-        wa, wb, ws = (
-            w if layer is None else jax.lax.dynamic_index_in_dim(w, layer, keepdims=False) for w in (a, b, scale)
-        )
-        wa, wb, ws = (w.astype(x.dtype) for w in (wa, wb, ws))
-        low = jnp.einsum("ti,nir->tnr", x, wa)
-        used = adapter_of_row[:, None] == jnp.arange(wa.shape[0])
-        low = jnp.where(used[..., None], low * ws[:, None], 0)
-        return jnp.einsum("tnr,nro->to", low, wb)
-
-    return jax.lax.cond((adapter_of_row > 0).any(), product, lambda: jnp.zeros((x.shape[0], b.shape[-1]), x.dtype))
 
 
 class Linear(nnx.Module):
