@@ -5,7 +5,9 @@ of the program being traced: the device of an enclosing abstract mesh (compiling
 the default backend.
 """
 
+import importlib
 from collections.abc import Callable, Collection
+from typing import Any
 
 import jax
 
@@ -48,14 +50,16 @@ def implementation_for(
     return asked
 
 
-def pallas_kernel(form: str) -> tuple[str, bool]:
-    """Which Pallas kernel `form` runs, "pallas_gpu" or "pallas_tpu", and whether in Pallas's interpreter.
+def pallas_module(package: str, form: str) -> tuple[Any, bool]:
+    """The module of `package` that holds the Pallas kernel of `form`, and whether it is to run in Pallas's interpreter.
 
-    "interpret" is the TPU's kernel where the program is for a TPU, else the GPU's.
+    "interpret" is the TPU's kernel where the program is for a TPU, else the GPU's. Imported on first use: Pallas takes
+    long to load, and a CPU needs none of it.
     """
-    if form != "interpret":
-        return form, False
-    return ("pallas_tpu" if platform() == "tpu" else "pallas_gpu"), True
+    kernel = form
+    if form == "interpret":
+        kernel = "pallas_tpu" if platform() == "tpu" else "pallas_gpu"
+    return importlib.import_module(f"{package}.{kernel}"), form == "interpret"
 
 
 def platform() -> str:

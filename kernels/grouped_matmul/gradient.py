@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.grouped_matmul import xla
-from kernels.platforms import pallas_kernel
+from kernels.platforms import pallas_module
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -19,11 +19,7 @@ def grouped_matmul(form, x, stack, group_sizes, layer):
 def _forward(form, x, stack, group_sizes, layer, *, transposed=False):
     if form == "xla":
         return xla.grouped_matmul(x, stack, group_sizes, layer, transposed=transposed)
-    kernel, interpret = pallas_kernel(form)
-    if kernel == "pallas_gpu":
-        from kernels.grouped_matmul import pallas_gpu as pallas
-    else:
-        from kernels.grouped_matmul import pallas_tpu as pallas
+    pallas, interpret = pallas_module("kernels.grouped_matmul", form)
     return pallas.grouped_matmul(x, stack, group_sizes, layer, transposed=transposed, interpret=interpret)
 
 

@@ -2,6 +2,7 @@
 adapters in one product as in Punica, Chen et al. 2023).
 
     ref.py: gathers each row's factors        xla.py: a loop over blocks of rows and the adapters met in each
+    pallas_gpu.py, pallas_tpu.py: the same blocks (blocks.py), down to the rank and up again
 """
 
 from typing import Literal
@@ -14,8 +15,8 @@ from kernels.platforms import implementation_for
 
 __all__ = ["Implementation", "lora_matmul"]
 
-Implementation = Literal["ref", "xla"]
-_FORMS = ("ref", "xla")
+Implementation = Literal["ref", "xla", "pallas_gpu", "pallas_tpu", "interpret"]
+_FORMS = ("ref", "xla", "pallas_gpu", "pallas_tpu", "interpret")
 
 
 def lora_matmul(
@@ -36,7 +37,8 @@ def lora_matmul(
 
     Args:
       layer: which factors of stacks with a leading layer axis; nothing of other layers is touched.
-      implementation: "ref" (the oracle) or "xla". None picks the fastest that can run here.
+      implementation: "ref" (the oracle), "xla", "pallas_gpu", "pallas_tpu", or "interpret" (the Pallas kernel in
+        Pallas's interpreter). None picks the fastest that can run here.
 
     Raises:
       ValueError: shapes that do not fit, or an unknown implementation.

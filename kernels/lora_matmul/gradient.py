@@ -3,15 +3,25 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kernels.lora_matmul import xla
+from kernels.platforms import pallas_module
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def lora_matmul(form, x, a, b, scale, adapter_of_row, layer):
     """`form` of the operation; see the package."""
-    return xla.lora_matmul(x, a, b, scale, adapter_of_row, layer)
+    if form == "xla":
+        return xla.lora_matmul(x, a, b, scale, adapter_of_row, layer)
+    pallas, interpret = pallas_module("kernels.lora_matmul", form)
+
+    def work():
+        return pallas.lora_matmul(x, a, b, scale, adapter_of_row, layer, interpret=interpret)
+
+    nothing = lambda: jnp.zeros((x.shape[0], b.shape[-1]), x.dtype)  # noqa: E731
+    return jax.lax.cond((adapter_of_row > 0).any(), work, nothing)
 
 
 def _keep(form, *arguments):

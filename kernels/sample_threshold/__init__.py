@@ -8,14 +8,14 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels.platforms import implementation_for
+from kernels.platforms import implementation_for, pallas_module
 from kernels.sample_threshold import ref, xla
 from kernels.sample_threshold.threshold import Threshold
 
 __all__ = ["Implementation", "Threshold", "kept", "sample_threshold"]
 
-Implementation = Literal["ref", "xla"]
-_FORMS = ("ref", "xla")
+Implementation = Literal["ref", "xla", "pallas_gpu", "pallas_tpu", "interpret"]
+_FORMS = ("ref", "xla", "pallas_gpu", "pallas_tpu", "interpret")
 
 
 def sample_threshold(
@@ -40,7 +40,8 @@ def sample_threshold(
       top_k: 0, or V and more, keeps all.
       top_p: 1 and more keeps all.
       min_p: 0 keeps all; at most 1.
-      implementation: "ref" (the oracle, sorts) or "xla". None picks the fastest that can run here.
+      implementation: "ref" (the oracle, sorts), "xla", "pallas_gpu", "pallas_tpu", or "interpret" (the Pallas kernel
+        in Pallas's interpreter). None picks the fastest that can run here.
 
     Raises:
       ValueError: shapes or a dtype that do not fit, or an unknown implementation.
@@ -55,7 +56,10 @@ def sample_threshold(
             raise ValueError(f"sample_threshold: found {name} of shape {values.shape}, expected {scaled.shape[:1]}")
     form = implementation_for("sample_threshold", implementation, _FORMS)
     arguments = scaled, top_k.astype(jnp.int32), top_p.astype(jnp.float32), min_p.astype(jnp.float32)
-    return ref.sample_threshold(*arguments) if form == "ref" else xla.sample_threshold(*arguments)
+    if form in ("ref", "xla"):
+        return (ref if form == "ref" else xla).sample_threshold(*arguments)
+    pallas, interpret = pallas_module("kernels.sample_threshold", form)
+    return pallas.sample_threshold(*arguments, interpret=interpret)
 
 
 def kept(scaled: Float[Array, "rows V"], threshold: Threshold) -> Bool[Array, "rows V"]:

@@ -4,10 +4,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import lowering
 import numpy as np
 import pytest
 
-from kernels.lora_matmul import lora_matmul
+from kernels.lora_matmul import lora_matmul, pallas_gpu, pallas_tpu
+from kernels.lora_matmul.blocks import adapters_of_blocks
 
 FORMS = ["ref", "xla"]
 LAYERS, ADAPTERS, IN, RANK, OUT = 2, 5, 40, 6, 56
@@ -111,3 +113,41 @@ def test_what_does_not_fit_is_named(factors):
     with pytest.raises(ValueError, match="adapter_of_row"):
         lora_matmul(x, a, b, scale, adapters[:0])
     assert lora_matmul(x[:0], a, b, scale, adapters[:0]).shape == (0, OUT)
+
+
+@pytest.mark.parametrize("kernel", ["gpu", "tpu"])
+def test_pallas_kernels_equal_float64_in_the_interpreter(kernel, factors, monkeypatch):
+    """With tiles that divide nothing."""
+    monkeypatch.setattr(pallas_gpu, "_DEPTH", 32)
+    monkeypatch.setattr(pallas_gpu, "_COLUMNS", 32)
+    monkeypatch.setattr(pallas_tpu, "tile_for", lambda *_: (16, 16, 24))
+    pallas = {"gpu": pallas_gpu, "tpu": pallas_tpu}[kernel]
+    run = jax.jit(functools.partial(pallas.lora_matmul, interpret=True))
+    for name in ("shuffled", "sorted"):
+        x, adapters = (v[:34] for v in rows_of(name))
+        found = run(x, *factors, jnp.asarray(adapters), jnp.int32(1))
+        np.testing.assert_allclose(found, expected(x, *(v[1] for v in factors), adapters), atol=1e-4)
+
+
+def test_interpret_through_the_operation(factors):
+    x, adapters = rows_of("shuffled")
+    found, wanted = (compiled(form)(x, *factors, adapters, layer=0) for form in ("interpret", "ref"))
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", [*lowering.GPUS, *lowering.TPUS])
+@pytest.mark.parametrize("shape", [(64, 9, 4096, 16, 6144), (2048, 3, 4096, 64, 4096), (5, 2, 100, 3, 200)], ids=str)
+def test_lowers_for_accelerators(device, shape):
+    rows, adapters, depth, rank, columns = shape
+    shaped = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+    stacks = shaped(2, adapters, depth, rank), shaped(2, adapters, rank, columns), shaped(2, adapters)
+    integers = shaped(rows, dtype=jnp.int32), shaped(dtype=jnp.int32)
+    run = lambda x, a, b, scale, ids, layer: lora_matmul(x, a, b, scale, ids, layer=layer)  # noqa: E731
+    text = lowering.lowered_text(run, shaped(rows, depth), *stacks, *integers, device=device)
+    assert (lowering.TRITON if device in lowering.GPUS else lowering.TPU) in text
+
+
+def test_adapters_of_blocks():
+    met = adapters_of_blocks(jnp.asarray([4, 0, 2, 2, 0, 0, 0, 0, 1, 1]), block=4, adapters=5)
+    np.testing.assert_array_equal(met.count, [2, 0, 1])
+    np.testing.assert_array_equal(met.adapter, [[2, 4, 4, 4], [0, 0, 0, 0], [1, 1, 1, 1]])
