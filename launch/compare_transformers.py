@@ -53,6 +53,11 @@ _LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 1024}
+_GEMMA = {"sliding_window": 24, "head_dim": 24, "pad_token_id": 0}
+_TWO_ROPES = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
 
 # name: (transformers' configuration class, what differs from _SIZES, stored dtype)
 FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -72,6 +77,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "qwen2_yarn": ("Qwen2Config", {"rope_parameters": _YARN}, "float32"),
     "qwen3": ("Qwen3Config", {**_SLIDING, "head_dim": 32}, "bfloat16"),
     "qwen3_tied": ("Qwen3Config", {"head_dim": 24, "tie_word_embeddings": True, "attention_bias": True}, "float32"),
+    "gemma2": (
+        "Gemma2Config",
+        {**_GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 7.0, "query_pre_attn_scalar": 20},
+        "bfloat16",
+    ),
+    "gemma3": ("Gemma3TextConfig", {**_GEMMA, "num_hidden_layers": 7, "rope_parameters": _TWO_ROPES}, "float32"),
 }
 
 

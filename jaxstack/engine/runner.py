@@ -228,11 +228,13 @@ class Runner:
         tokens = jnp.where(known >= 0, known, last_token[jnp.maximum(-1 - known, 0)])
         decoder = nnx.merge(self._graph, *weights)
         batch = ragged(f["block_tables"], f["kv_lens"], f["query_starts"], f["num_decodes"], rows=shape.rows)
-        scale = self.config.head_dim**-0.5
+        options = {"scale": self.config.attention_scale}
+        if self.config.attention_softcap is not None:
+            options["softcap"] = self.config.attention_softcap
 
         def attend(q, k, v, layer, cache):
             cache = kv_write(cache, k, v, layer.index, f["write_slots"])
-            return paged_attention(q, cache, layer.index, batch, scale=scale, window=layer.window), cache
+            return paged_attention(q, cache, layer.index, batch, window=layer.window, **options), cache
 
         hidden, cache = decoder.hidden(
             tokens, f["positions"], attend, cache, adapter_ids=f["adapters"], compute_dtype=self.dtype

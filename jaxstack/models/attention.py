@@ -5,7 +5,7 @@ The decoder never decides how queries meet keys; it calls an `Attend`. Training 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,22 +24,27 @@ _MASKED = -1e30
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerContext:
-    """Which layer is asking.
+    """Which layer is asking, and how its model weighs scores.
 
     Attributes:
       index: int32 scalar, the layer's number from 0.
       window: int32 scalar; query i sees key j only if `i - window < j <= i`. `FULL_WINDOW` for all.
+      scale: multiplies the scores; None for head_dim**-0.5. Static, the same in every layer.
+      softcap: scaled scores s become `softcap * tanh(s / softcap)` before the softmax; None for as they are. Static.
     """
 
     index: Int[Array, ""]
     window: Int[Array, ""]
+    scale: float | None = field(default=None, metadata={"static": True})
+    softcap: float | None = field(default=None, metadata={"static": True})
 
 
 Attend = Callable[
     [Float[Array, "... T H hd"], Float[Array, "... T KV hd"], Float[Array, "... T KV hd"], LayerContext, Any],
     tuple[Float[Array, "... T H hd"], Any],
 ]
-"""`attend(q, k, v, layer, cache) -> (out, cache)`: q and k come rotated; scaling by head_dim**-0.5 happens inside."""
+"""`attend(q, k, v, layer, cache) -> (out, cache)`: q and k come rotated; scaling by `layer.scale`, and the
+softcap, happen inside."""
 
 
 def dense_attention(
@@ -47,6 +52,7 @@ def dense_attention(
     positions: Int[Array, "... T"] | None = None,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
     block_size: int | None = None,
 ) -> Attend:
     """Causal attention over whole sequences, with packed documents and sliding windows; leaves the cache untouched.
@@ -60,14 +66,16 @@ def dense_attention(
       segment_ids: the document each token belongs to, 0 for padding (finite, meaningless output); None for one
         document.
       positions: token positions, for the windows, rising along each document; None for 0..T-1.
-      scale: multiplies the scores; None for head_dim**-0.5.
+      scale: multiplies the scores; None for the layer's own.
+      softcap: bounds the scaled scores by `softcap * tanh(s / softcap)`; None for the layer's own, if any.
       block_size: queries, and keys, of a tile; None for what suits the platform.
     """
 
     def attend(q, k, v, layer, cache):
         *batch, length, heads, head_dim = q.shape
         kv_heads = k.shape[-2]
-        factor = head_dim**-0.5 if scale is None else scale
+        factor = scale or layer.scale or head_dim**-0.5
+        cap = softcap or layer.softcap
         # On CPU a tile should stay in the cache (128 against 512: half the time); elsewhere fewer, larger steps.
         block = block_size or (128 if jax.default_backend() == "cpu" else 512)
         where = jnp.arange(length) if positions is None else positions
@@ -79,12 +87,12 @@ def dense_attention(
         k, v = (jnp.moveaxis(x.reshape(-1, length, kv_heads, head_dim), 1, 2) for x in (k, v))
         segments, where = (jnp.broadcast_to(x, (*batch, length)).reshape(-1, length) for x in (segments, where))
         if length <= block:
-            out = _whole(q, k, v, layer.window, segments, where, factor)
+            out = _whole(q, k, v, layer.window, segments, where, factor, cap)
         else:
             padding = -length % block  # the padded keys lie in every real query's future
             q, k, v = (jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, padding), (0, 0)]) for x in (q, k, v))
             segments, where = (jnp.pad(x, ((0, 0), (0, padding))) for x in (segments, where))
-            out = _tiled(q, k, v, layer.window, segments, where, factor, block)[..., :length, :]
+            out = _tiled(q, k, v, layer.window, segments, where, factor, cap, block)[..., :length, :]
         return jnp.moveaxis(out, 3, 1).reshape(*batch, length, heads, head_dim), cache
 
     return attend
@@ -99,8 +107,10 @@ def _visible(query_index, key_index, query_row, key_row, window) -> Bool[Array, 
     return (causal & same & near)[:, None, None]
 
 
-def _scores(q, k, visible, scale: float) -> Float[Array, "B KV G Q K"]:
+def _scores(q, k, visible, scale: float, softcap: float | None) -> Float[Array, "B KV G Q K"]:
     scores = jnp.einsum("bkgqd,bksd->bkgqs", q, k, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     return jnp.where(visible, scores, _MASKED)
 
 
@@ -112,17 +122,18 @@ def _whole(
     segments: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     scale: float,
+    softcap: float | None,
 ) -> Float[Array, "B KV G T hd"]:
     index, row = jnp.arange(q.shape[-2]), (segments, positions)
-    scores = _scores(q, k, _visible(index, index, row, row, window), scale)
+    scores = _scores(q, k, _visible(index, index, row, row, window), scale, softcap)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgqs,bksd->bkgqd", weights, v)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _tiled(q, k, v, window, segments, positions, scale: float, block: int):
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _tiled(q, k, v, window, segments, positions, scale: float, softcap: float | None, block: int):
     """`_whole` in tiles of `block` queries by `block` keys; T is a multiple of `block`."""
-    return _tiled_forward(q, k, v, window, segments, positions, scale, block)[0]
+    return _tiled_forward(q, k, v, window, segments, positions, scale, softcap, block)[0]
 
 
 class _Tiles:
@@ -144,7 +155,7 @@ class _Tiles:
         return jnp.maximum(0, i * self.block - self.window + 1) // self.block
 
 
-def _tiled_forward(q, k, v, window, segments, positions, scale, block):
+def _tiled_forward(q, k, v, window, segments, positions, scale, softcap, block):
     tiles = _Tiles(window, segments, positions, block)
 
     def query_block(i):
@@ -152,7 +163,7 @@ def _tiled_forward(q, k, v, window, segments, positions, scale, block):
 
         def key_block(j, carry):
             total, top, out = carry
-            scores = _scores(queries, tiles.cut(k, j), tiles.visible(i, j), scale)
+            scores = _scores(queries, tiles.cut(k, j), tiles.visible(i, j), scale, softcap)
             new_top = jnp.maximum(top, scores.max(axis=-1))
             weights = jnp.exp(scores - new_top[..., None])
             shrink = jnp.exp(top - new_top)
@@ -172,7 +183,7 @@ def _tiled_forward(q, k, v, window, segments, positions, scale, block):
     return out, (q, k, v, window, segments, positions, out, log_total)
 
 
-def _tiled_backward(scale, block, saved, out_gradient):
+def _tiled_backward(scale, softcap, block, saved, out_gradient):
     q, k, v, window, segments, positions, out, log_total = saved
     tiles = _Tiles(window, segments, positions, block)
     # d(softmax) needs each row's sum of weight * gradient, which is out . out_gradient.
@@ -185,9 +196,13 @@ def _tiled_backward(scale, block, saved, out_gradient):
         def key_block(j, carry):
             dq, dk, dv = carry
             keys, values = tiles.cut(k, j), tiles.cut(v, j)
-            weights = jnp.exp(_scores(queries, keys, tiles.visible(i, j), scale) - row_log_total[..., None])
+            scores = _scores(queries, keys, tiles.visible(i, j), scale, softcap)
+            weights = jnp.exp(scores - row_log_total[..., None])
             dweights = jnp.einsum("bkgqd,bksd->bkgqs", gradient, values, preferred_element_type=jnp.float32)
-            dscores = (weights * (dweights - row_inner[..., None]) * scale).astype(q.dtype)
+            dscores = weights * (dweights - row_inner[..., None]) * scale
+            if softcap is not None:  # the slope of the cap; a masked score lies far outside its range
+                dscores *= 1 - (jnp.maximum(scores, -softcap) / softcap) ** 2
+            dscores = dscores.astype(q.dtype)
             dq += jnp.einsum("bkgqs,bksd->bkgqd", dscores, keys, preferred_element_type=jnp.float32)
             dk = added(dk, j, jnp.einsum("bkgqs,bkgqd->bksd", dscores, queries, preferred_element_type=jnp.float32))
             weights = weights.astype(v.dtype)

@@ -22,14 +22,10 @@ from flax import nnx
 from tqdm import tqdm
 
 from jaxstack.models.decoder import Decoder, DecoderConfig
-from jaxstack.models.hf_config import (
-    config_from_folder,
-    config_to_hf,
-    generation_config_to_hf,
-    read_json,
-    stored_dtype,
-)
-from jaxstack.models.hf_names import HfTensor, flat_params, hf_tensors
+from jaxstack.models.hf_config import config_from_folder, config_to_hf, generation_config_to_hf, stored_dtype
+from jaxstack.models.hf_families import TEXT_MODELS
+from jaxstack.models.hf_fields import read_json
+from jaxstack.models.hf_names import HfTensor, flat_params, hf_tensors, text_model_name
 from jaxstack.models.linear import LoraParam
 from jaxstack.models.safetensors_file import DTYPES, StoredTensor, TensorToWrite, read_header, write_file
 from jaxstack.runtime.errors import UserError
@@ -69,12 +65,17 @@ def load_decoder(folder: str | Path, *, param_dtype: jnp.dtype | None = jnp.floa
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected a Hugging Face model folder")
     config = config_from_folder(folder)
+    described = read_json(folder / "config.json")
     if param_dtype is None:
-        dtype = np.dtype(stored_dtype(read_json(folder / "config.json"), source=str(folder / "config.json")))
+        dtype = np.dtype(stored_dtype(described, source=str(folder / "config.json")))
     else:
         dtype = np.dtype(param_dtype)
     wanted = hf_tensors(config)
-    stored = _matched(folder, config, wanted, _stored_tensors(folder))
+    stored = _stored_tensors(folder)
+    if (described.get("architectures") or [""])[0] in TEXT_MODELS:
+        renamed = {text_model_name(name): tensor for name, tensor in stored.items()}
+        stored = {name: tensor for name, tensor in renamed.items() if name is not None}
+    stored = _matched(folder, config, wanted, stored)
 
     by_path: dict[tuple[str, ...], list[HfTensor]] = defaultdict(list)
     for tensor in wanted:

@@ -1,15 +1,15 @@
-"""The decoder-only transformer of the Llama, Qwen2, Qwen3 and Mistral families, in one file.
+"""The decoder-only transformer of all the families in `hf_families`, in one file.
 
-Tokens are embedded, pass `num_layers` equal layers (attention and a gated MLP, each after an RMSNorm and added back), a
-last RMSNorm, and become float32 logits. Differences between families are fields of `DecoderConfig`; differences between
-layers are data. All layers are one `DecoderLayer` whose parameters carry a leading layer axis, run by one
-`jax.lax.scan`.
+Tokens are embedded, pass `num_layers` layers (attention, then a gated MLP or a mixture of experts, each after a norm
+and added back), a last norm, and become float32 logits. Differences between families are fields of `DecoderConfig`;
+differences between layers (window, rotation) are data. All layers are one `DecoderLayer` whose parameters carry a
+leading layer axis, run by one `jax.lax.scan`; only where plain MLPs and experts alternate is there one scan for each
+run of equal layers.
 
 Leading dimensions are free: a trainer passes `[B, T]` tokens, an engine one flat `[T]`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -19,99 +19,20 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxstack.models.attention import FULL_WINDOW, Attend, LayerContext
+from jaxstack.models.decoder_config import DecoderConfig, Segment
 from jaxstack.models.linear import AdapterStack, Linear
-from jaxstack.models.rope import RopeConfig, rotate, rotation
+from jaxstack.models.rope import rotate, rotation
 from jaxstack.runtime.errors import UserError
 from kernels.matmul import PackedWeight
 
+__all__ = ["ACTIVATIONS", "Decoder", "DecoderConfig", "DecoderLayer", "Remat"]
+
 Remat = Literal["none", "dots", "full"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """Everything that shapes a decoder. Sizes are counts of features, heads, layers or tokens.
-
-    Attributes:
-      architecture: the Hugging Face class that a saved folder names, such as "Qwen3ForCausalLM".
-      head_dim: features per head; need not be hidden_size / num_heads.
-      tie_word_embeddings: the embedding matrix is also the output matrix.
-      qkv_bias, attention_out_bias, mlp_bias: which projections carry a bias.
-      qk_norm: RMSNorm of every query and key head before the rotation.
-      layer_windows: one entry a layer, the sliding window in tokens or None for full attention; () for full everywhere.
-      eos_token_ids: any of them ends a generation.
-      initializer_range: standard deviation of a fresh model's matrices.
-
-    Raises:
-      UserError: one line naming the field, what was found and what was expected.
-    """
-
-    architecture: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rms_norm_eps: float = 1e-6
-    rope: RopeConfig = field(default_factory=RopeConfig)
-    max_position_embeddings: int = 2048
-    tie_word_embeddings: bool = False
-    qkv_bias: bool = False
-    attention_out_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    layer_windows: tuple[int | None, ...] = ()
-    bos_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
-    pad_token_id: int | None = None
-    initializer_range: float = 0.02
-
-    def __post_init__(self):
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-        ):
-            _require_positive_integer(name, getattr(self, name))
-        _require_positive_integer("max_position_embeddings", self.max_position_embeddings)
-        if self.num_heads % self.num_kv_heads:
-            raise UserError(
-                f"num_kv_heads: found {self.num_kv_heads}, expected a divisor of num_heads = {self.num_heads}"
-            )
-        if self.head_dim % 2:
-            raise UserError(f"head_dim: found {self.head_dim}, expected an even number (heads are rotated in halves)")
-        for name in ("rms_norm_eps", "initializer_range"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-                raise UserError(f"{name}: found {value!r}, expected a positive number")
-        if not self.layer_windows:
-            object.__setattr__(self, "layer_windows", (None,) * self.num_layers)
-        if len(self.layer_windows) != self.num_layers:
-            raise UserError(
-                f"layer_windows: found {len(self.layer_windows)} entries, expected one a layer, {self.num_layers}"
-            )
-        for window in self.layer_windows:
-            if window is not None:
-                _require_positive_integer("layer_windows", window)
-        ids = {
-            "bos_token_id": (self.bos_token_id,),
-            "pad_token_id": (self.pad_token_id,),
-            "eos_token_ids": self.eos_token_ids,
-        }
-        for name, values in ids.items():
-            for value in values:
-                if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-                    raise UserError(f"{name}: found {value!r}, expected token ids >= 0")
-
-
-def _require_positive_integer(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-        raise UserError(f"{name}: found {value!r}, expected a positive integer below 2^31")
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": nnx.silu,
+    "gelu_tanh": partial(nnx.gelu, approximate=True),
+}
 
 
 class Decoder(nnx.Module):
@@ -121,7 +42,7 @@ class Decoder(nnx.Module):
       config: its `DecoderConfig`.
       embed: `Embedding`, `embed.embedding` is a Param `[V, D]`.
       layers: one `DecoderLayer` whose every Param has a leading `[num_layers]` axis.
-      final_norm: `RMSNorm`.
+      final_norm: `RMSNorm` or `LayerNorm`.
       lm_head: `Linear` D -> V, or None where the embedding serves as output matrix.
     """
 
@@ -135,7 +56,7 @@ class Decoder(nnx.Module):
             return DecoderLayer(config, rngs=rngs, param_dtype=param_dtype)
 
         self.layers = stacked_layers(rngs)
-        self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype)
+        self.final_norm = _norm(config, config.hidden_size, param_dtype)
         make = partial(_linear, config, rngs, param_dtype)
         self.lm_head: Linear | None = nnx.data(
             None if config.tie_word_embeddings else make(config.hidden_size, config.vocab_size)
@@ -185,50 +106,71 @@ class Decoder(nnx.Module):
             everything.
           compute_dtype: dtype of activations; None for the embedding's.
         """
-        x = self.embed(tokens)
-        if compute_dtype is not None:
-            x = x.astype(compute_dtype)
+        config = self.config
+        x = self.embed(tokens, compute_dtype)
         if input_embeddings is not None:
             given = input_embeddings.astype(x.dtype)
             x = given if use_embeddings is None else jnp.where(use_embeddings[..., None], given, x)
-        cos, sin = rotation(positions, self.config.rope, self.config.head_dim)
+        windows = jnp.array([w or FULL_WINDOW for w in config.layer_windows], jnp.int32)
+        rotation_of, rotations = _rotations(config, positions)
+        indices = jnp.arange(config.num_layers, dtype=jnp.int32)
 
-        scanned, layer_of = _per_layer(self.layers)
-        windows = jnp.array([w or FULL_WINDOW for w in self.config.layer_windows], jnp.int32)
+        for segment in config.segments():
+            scanned, layer_of = _per_layer(self.layers, segment, config)
 
-        # The cache travels in the carry: as xs and ys of the scan it would be copied whole at every step.
-        def body(carry, xs):
-            x, cache = carry
-            weights, window, index = xs
-            layer = layer_of(weights, index)
-            return layer(x, cos, sin, attend, LayerContext(index, window), cache, adapter_ids), None
+            # The cache travels in the carry: as xs and ys of the scan it would be copied whole at every step.
+            def body(carry, xs, layer_of=layer_of):
+                x, cache = carry
+                weights, window, turn, index = xs
+                context = LayerContext(index, window, config.attention_scale, config.attention_softcap)
+                return layer_of(weights, index)(x, *rotation_of(turn), attend, context, cache, adapter_ids), None
 
-        if remat == "full":
-            body = jax.checkpoint(body, prevent_cse=False)
-        elif remat == "dots":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-        elif remat != "none":
-            raise UserError(f"remat: found {remat!r}, expected none, dots or full")
+            if remat == "full":
+                body = jax.checkpoint(body, prevent_cse=False)
+            elif remat == "dots":
+                policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+                body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+            elif remat != "none":
+                raise UserError(f"remat: found {remat!r}, expected none, dots or full")
 
-        indices = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        (x, cache), _ = jax.lax.scan(body, (x, cache), (scanned, windows, indices))
+            part = slice(segment.start, segment.stop)
+            (x, cache), _ = jax.lax.scan(body, (x, cache), (scanned, windows[part], rotations[part], indices[part]))
         return self.final_norm(x), cache
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Output scores in float32."""
         if self.lm_head is not None:
-            return self.lm_head(hidden, out_dtype=jnp.float32)
-        return self.embed.attend(hidden)
+            scores = self.lm_head(hidden, out_dtype=jnp.float32)
+        else:
+            scores = self.embed.attend(hidden)
+        cap = self.config.logits_softcap
+        return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
-def _per_layer(layers: "DecoderLayer"):
-    """Splits stacked layers for a scan: the arrays to scan over, and a function that rebuilds one layer inside the
-    body.
+def _rotations(config: DecoderConfig, positions: Int[Array, "... T"]) -> tuple[Callable, Int[Array, "L"]]:
+    """A function from a kind of rotation to cos and sin, and every layer's kind.
+
+    They are computed here once for all layers; where there are two kinds, a layer picks its own.
+    """
+    kinds = [config.rope]
+    if config.local_rope is not None and config.local_rope != config.rope:
+        kinds.append(config.local_rope)
+    tables = [rotation(positions, rope, config.head_dim) for rope in kinds]
+    local = [len(kinds) - 1 if window is not None else 0 for window in config.layer_windows]
+    if len(kinds) == 1:
+        return lambda _: tables[0], jnp.array(local, jnp.int32)
+    cos, sin = (jnp.stack(both) for both in zip(*tables))
+    return lambda kind: (cos[kind], sin[kind]), jnp.array(local, jnp.int32)
+
+
+def _per_layer(layers: "DecoderLayer", segment: Segment, config: DecoderConfig):
+    """Splits a segment of stacked layers for a scan: the arrays to scan over, and a function that rebuilds one layer
+    inside the body.
 
     Packed kernels and a server's adapters are not scanned, since that would copy every layer's numbers out of the
     stack; the body points into the stack.
     """
+    del config
     graphdef, state = nnx.split(layers)
     leaves = dict(nnx.to_flat_state(state))
     in_place = {
@@ -250,9 +192,14 @@ class Embedding(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype):
         init = nnx.initializers.normal(config.initializer_range)
         self.embedding = nnx.Param(init(rngs.params(), (config.vocab_size, config.hidden_size), param_dtype))
+        self.scale = config.hidden_size**0.5 if config.scale_embeddings else None
 
-    def __call__(self, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
-        return self.embedding.get_value()[tokens]
+    def __call__(self, tokens: Int[Array, "..."], dtype: jnp.dtype | None = None) -> Float[Array, "... D"]:
+        """The tokens' vectors in `dtype`, None for the table's, times `scale` rounded to it, if there is one."""
+        vectors = self.embedding.get_value()[tokens]
+        if dtype is not None:
+            vectors = vectors.astype(dtype)
+        return vectors if self.scale is None else vectors * jnp.asarray(self.scale, vectors.dtype)
 
     def attend(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """`hidden @ embedding.T` in float32."""
@@ -261,12 +208,19 @@ class Embedding(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """`x + self_attn(input_layernorm(x))`, then `x + mlp(post_attention_layernorm(x))`."""
+    """`x + self_attn(input_layernorm(x))`, then `x + mlp(post_attention_layernorm(x))`.
+
+    With `branch_norms` the MLP's norm is `pre_feedforward_layernorm`, and `post_attention_layernorm` and
+    `post_feedforward_layernorm` are applied to what attention and MLP add. The names are the checkpoints'.
+    """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype):
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype)
+        norm = partial(_norm, config, config.hidden_size, param_dtype)
+        self.input_layernorm = norm()
         self.self_attn = Attention(config, rngs=rngs, param_dtype=param_dtype)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype)
+        self.post_attention_layernorm = norm()
+        self.pre_feedforward_layernorm = nnx.data(norm() if config.branch_norms else None)
+        self.post_feedforward_layernorm = nnx.data(norm() if config.branch_norms else None)
         self.mlp = MLP(config, rngs=rngs, param_dtype=param_dtype)
 
     def __call__(
@@ -280,13 +234,40 @@ class DecoderLayer(nnx.Module):
         adapter_ids: Int[Array, "... T"] | None,
     ) -> tuple[Float[Array, "... T D"], Any]:
         out, cache = self.self_attn(self.input_layernorm(x), cos, sin, attend, layer, cache, adapter_ids)
-        x = x + out
-        x = x + self.mlp(self.post_attention_layernorm(x), adapter_ids)
-        return x, cache
+        if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
+            x = x + out
+            return x + self.mlp(self.post_attention_layernorm(x), adapter_ids), cache
+        x = x + self.post_attention_layernorm(out)
+        out = self.mlp(self.pre_feedforward_layernorm(x), adapter_ids)
+        return x + self.post_feedforward_layernorm(out), cache
+
+
+def _norm(config: DecoderConfig, features: int, param_dtype: jnp.dtype) -> "RMSNorm | LayerNorm":
+    if config.norm == "layer":
+        return LayerNorm(features, config.rms_norm_eps, param_dtype)
+    return RMSNorm(features, config.rms_norm_eps, param_dtype, offset=config.norm == "rms_offset")
 
 
 class RMSNorm(nnx.Module):
-    """`weight * cast(x / sqrt(mean(x^2) + eps))`: statistics in float32, cast, then multiplied: Llama's order."""
+    """`weight * cast(x / sqrt(mean(x^2) + eps))`: statistics in float32, cast, then multiplied: Llama's order.
+
+    With `offset`, Gemma's: `cast((1 + weight) * x / sqrt(mean(x^2) + eps))`, multiplied in float32.
+    """
+
+    def __init__(self, features: int, eps: float, param_dtype: jnp.dtype, *, offset: bool = False):
+        self.eps, self.offset = eps, offset
+        self.weight = nnx.Param((jnp.zeros if offset else jnp.ones)((features,), param_dtype))
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        if self.offset:
+            return (wide * (1 + self.weight.get_value().astype(jnp.float32))).astype(x.dtype)
+        return self.weight.get_value().astype(x.dtype) * wide.astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """`weight * (x - mean(x)) / sqrt(var(x) + eps)` in float32, then cast; no bias."""
 
     def __init__(self, features: int, eps: float, param_dtype: jnp.dtype):
         self.eps = eps
@@ -294,12 +275,13 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return self.weight.get_value().astype(x.dtype) * wide.astype(x.dtype)
+        return (self.weight.get_value().astype(jnp.float32) * wide).astype(x.dtype)
 
 
 class Attention(nnx.Module):
-    """Projections to heads, optional head norms, rotation, `attend`, and the projection back.
+    """Projections to heads, optional clipping and head norms, rotation, `attend`, and the projection back.
 
     Holds `q_proj`, `k_proj`, `v_proj`; or, in a serving decoder, one `qkv_proj` with their kernels side by side and the
     three None.
@@ -313,8 +295,10 @@ class Attention(nnx.Module):
         self.k_proj: Linear | None = nnx.data(make(config.hidden_size, keys, use_bias=config.qkv_bias))
         self.v_proj: Linear | None = nnx.data(make(config.hidden_size, keys, use_bias=config.qkv_bias))
         self.qkv_proj: Linear | None = nnx.data(None)
-        self.q_norm = nnx.data(RMSNorm(config.head_dim, config.rms_norm_eps, param_dtype) if config.qk_norm else None)
-        self.k_norm = nnx.data(RMSNorm(config.head_dim, config.rms_norm_eps, param_dtype) if config.qk_norm else None)
+        norm = partial(_norm, config, config.head_dim, param_dtype)
+        self.q_norm = nnx.data(norm() if config.qk_norm else None)
+        self.k_norm = nnx.data(norm() if config.qk_norm else None)
+        self.clip = config.qkv_clip
         self.o_proj = make(queries, config.hidden_size, use_bias=config.attention_out_bias)
 
     def __call__(
@@ -331,6 +315,8 @@ class Attention(nnx.Module):
         flat = _projected(
             x, self.qkv_proj, (self.q_proj, self.k_proj, self.v_proj), [n * self.head_dim for n in heads], adapter_ids
         )
+        if self.clip is not None:
+            flat = [jnp.clip(part, -self.clip, self.clip) for part in flat]
         q, k, v = (part.reshape(*x.shape[:-1], n, self.head_dim) for part, n in zip(flat, heads))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -339,10 +325,13 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """`down_proj(silu(gate_proj(x)) * up_proj(x))`; a serving decoder holds one `gate_up_proj` for the first two."""
+    """`down_proj(activation(gate_proj(x)) * up_proj(x))`.
+
+    A serving decoder holds one `gate_up_proj` for the first two.
+    """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype):
-        self.intermediate_size = config.intermediate_size
+        self.intermediate_size, self.activation = config.intermediate_size, config.activation
         make = partial(_linear, config, rngs, param_dtype, use_bias=config.mlp_bias)
         self.gate_proj: Linear | None = nnx.data(make(config.hidden_size, config.intermediate_size))
         self.up_proj: Linear | None = nnx.data(make(config.hidden_size, config.intermediate_size))
@@ -352,7 +341,7 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "... D"], adapter_ids: Int[Array, "..."] | None = None) -> Float[Array, "... D"]:
         widths = [self.intermediate_size] * 2
         gate, up = _projected(x, self.gate_up_proj, (self.gate_proj, self.up_proj), widths, adapter_ids)
-        return self.down_proj(nnx.silu(gate) * up, adapter_ids)
+        return self.down_proj(ACTIVATIONS[self.activation](gate) * up, adapter_ids)
 
 
 def _projected(

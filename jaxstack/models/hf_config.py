@@ -2,51 +2,20 @@
 
 Both generations of the file are read: `torch_dtype`, `rope_theta` and `rope_scaling` of transformers 4, `dtype` and
 `rope_parameters` of transformers 5. Both are written, so that either version, and other software, opens what we save.
+What the families fix and assume stands in `hf_families`.
 """
 
-import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from jaxstack.models.decoder import DecoderConfig
-from jaxstack.models.rope import ROPE_TYPES, RopeConfig
+from jaxstack.models.decoder_config import DecoderConfig
+from jaxstack.models.hf_families import ARCHITECTURES, FAMILIES, HIDDEN_ACTS, TEXT_MODELS, Family
+from jaxstack.models.hf_fields import Fields, read_json
+from jaxstack.models.hf_rope import rope_from_hf, rope_to_hf
 from jaxstack.runtime.errors import UserError
 
-
-@dataclass(frozen=True)
-class _Family:
-    """What one architecture's class fixes, and what it assumes of keys that a file leaves out."""
-
-    model_type: str
-    bias: Literal["none", "qkv", "attention_bias"]  # attention_bias: the key of that name, for q, k, v and o alike
-    windows: Literal["none", "all", "per_layer"]
-    qk_norm: bool = False
-    mlp_bias: bool = False  # whether the key of that name exists
-    head_dim: int | None = None  # None: hidden_size / num_attention_heads
-    max_position_embeddings: int = 32768
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
-
-
-_FAMILIES = {
-    "LlamaForCausalLM": _Family(
-        "llama", "attention_bias", "none", mlp_bias=True, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2
-    ),
-    "MistralForCausalLM": _Family(
-        "mistral", "none", "all", max_position_embeddings=131072, bos_token_id=1, eos_token_id=2
-    ),
-    "Qwen2ForCausalLM": _Family("qwen2", "qkv", "per_layer"),
-    "Qwen3ForCausalLM": _Family("qwen3", "attention_bias", "per_layer", qk_norm=True, head_dim=128),
-}
-
-ARCHITECTURES = tuple(_FAMILIES)
-"""The `architectures[0]` values that are known."""
-
-_MISTRAL_WINDOW = 4096
-_QWEN_WINDOW, _QWEN_MAX_WINDOW_LAYERS = 4096, 28
 _DTYPES = ("float32", "bfloat16", "float16")
 # More layers than any decoder has, few enough that a hostile file cannot make us build a list that fills the memory.
 _MAX_LAYERS = 4096
@@ -63,7 +32,7 @@ def config_from_folder(folder: str | Path) -> DecoderConfig:
     config = config_from_hf(read_json(path), source=str(path))
     generation = folder / "generation_config.json"
     if generation.is_file():
-        fields = _Fields(read_json(generation), str(generation))
+        fields = Fields(read_json(generation), str(generation))
         if fields.given("eos_token_id"):
             config = replace(config, eos_token_ids=fields.token_ids("eos_token_id"))
         if fields.given("bos_token_id"):
@@ -71,19 +40,6 @@ def config_from_folder(folder: str | Path) -> DecoderConfig:
         if fields.given("pad_token_id"):
             config = replace(config, pad_token_id=fields.token_id("pad_token_id", None))
     return config
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; one-line `UserError` if it is missing, unreadable, or something else."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; expected a Hugging Face model folder with it") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({type(error).__name__}: {error})") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: found a JSON {type(data).__name__}, expected an object")
-    return data
 
 
 def config_from_hf(data: Mapping[str, Any], *, source: str = "config.json") -> DecoderConfig:
@@ -97,15 +53,23 @@ def config_from_hf(data: Mapping[str, Any], *, source: str = "config.json") -> D
       UserError: an unknown architecture, activation or rope_type, a quantised checkpoint, or a key that is missing or
         malformed; one line naming file and field.
     """
-    fields = _Fields(data, source)
-    architecture, family = _family_of(fields)
+    architecture = _architecture(Fields(data, source))
+    prefix = ""
+    if architecture in TEXT_MODELS:
+        architecture, prefix = TEXT_MODELS[architecture], "text_config."
+        data = _text_config(data, source)
+    family = FAMILIES[architecture]
+    fields = Fields(data, source, prefix, keys=family.keys, defaults=family.defaults)
     if fields.given("quantization_config"):
         raise fields.error("quantization_config", "an unquantised checkpoint")
-    if fields.text("hidden_act", "silu") != "silu":
-        raise fields.error("hidden_act", "'silu'")
+    act = HIDDEN_ACTS[family.activation]
+    if fields.text("hidden_act", act) != act:
+        raise fields.error("hidden_act", repr(act))
+    if fields.flag("use_bidirectional_attention", False):
+        raise fields.error("use_bidirectional_attention", "false: a decoder sees what came before")
 
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    head_dim = fields.integer("head_dim", family.head_dim if "head_dim" not in data else None, optional=True)
+    head_dim = fields.integer("head_dim", None, optional=True)
     if head_dim is None:
         if hidden % heads:
             raise fields.error(
@@ -114,7 +78,8 @@ def config_from_hf(data: Mapping[str, Any], *, source: str = "config.json") -> D
         head_dim = hidden // heads
     layers = fields.integer("num_hidden_layers", maximum=_MAX_LAYERS)
     attention_bias = family.bias == "attention_bias" and fields.flag("attention_bias", False)
-    max_positions = fields.integer("max_position_embeddings", family.max_position_embeddings)
+    max_positions = fields.integer("max_position_embeddings", family.defaults.get("max_position_embeddings", 2048))
+    rope, local_rope = rope_from_hf(fields, family, max_positions)
     try:
         return DecoderConfig(
             architecture=architecture,
@@ -125,19 +90,26 @@ def config_from_hf(data: Mapping[str, Any], *, source: str = "config.json") -> D
             num_heads=heads,
             num_kv_heads=fields.integer("num_key_value_heads", heads),
             head_dim=head_dim,
+            activation=family.activation,
+            norm=family.norm,
             rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-            rope=_rope_from_hf(fields, max_positions),
+            branch_norms=family.branch_norms,
+            rope=rope,
+            local_rope=local_rope,
             max_position_embeddings=max_positions,
             tie_word_embeddings=fields.flag("tie_word_embeddings", False),
+            scale_embeddings=family.scale_embeddings,
             qkv_bias=attention_bias or family.bias == "qkv",
             attention_out_bias=attention_bias,
             mlp_bias=family.mlp_bias and fields.flag("mlp_bias", False),
+            qkv_clip=fields.number("clip_qkv", optional=True) if family.clip else None,
             qk_norm=family.qk_norm,
             layer_windows=_windows_from_hf(fields, family, layers),
-            bos_token_id=fields.token_id("bos_token_id", family.bos_token_id),
-            eos_token_ids=fields.token_ids("eos_token_id", family.eos_token_id),
+            bos_token_id=fields.token_id("bos_token_id", None),
+            eos_token_ids=fields.token_ids("eos_token_id", None),
             pad_token_id=fields.token_id("pad_token_id", None),
             initializer_range=fields.number("initializer_range", 0.02) or 0.02,
+            **(_softcaps_from_hf(fields) if family.softcaps else {}),
         )
     except UserError as error:
         message = str(error)
@@ -146,7 +118,7 @@ def config_from_hf(data: Mapping[str, Any], *, source: str = "config.json") -> D
 
 def stored_dtype(data: Mapping[str, Any], *, source: str = "config.json") -> str:
     """The dtype a `config.json` names for its weights (`dtype`, formerly `torch_dtype`); float32 if none."""
-    fields = _Fields(data, source)
+    fields = Fields(data, source)
     name = "dtype" if fields.given("dtype") else "torch_dtype"
     found = fields.text(name, "float32").removeprefix("torch.")
     if found not in _DTYPES:
@@ -154,97 +126,61 @@ def stored_dtype(data: Mapping[str, Any], *, source: str = "config.json") -> str
     return found
 
 
-def _family_of(fields: "_Fields") -> tuple[str, _Family]:
-    found = fields.data.get("architectures")
+def _architecture(fields: Fields) -> str:
+    found = fields.get("architectures")
     if isinstance(found, list) and found and isinstance(found[0], str):
         architecture = found[0]
     elif found is None and fields.given("model_type"):  # some hand-written files name the type alone
         model_type = fields.text("model_type", "")
-        architecture = next((a for a, f in _FAMILIES.items() if f.model_type == model_type), model_type)
+        architecture = next((a for a, f in FAMILIES.items() if f.model_type == model_type), model_type)
     else:
-        raise fields.error("architectures", f"a list with one of {', '.join(_FAMILIES)}")
-    if architecture not in _FAMILIES:
+        raise fields.error("architectures", f"a list with one of {', '.join(ARCHITECTURES)}")
+    if architecture not in ARCHITECTURES:
         raise UserError(
-            f"{fields.source}: architectures: found {architecture!r}, expected one of {', '.join(_FAMILIES)}"
+            f"{fields.source}: architectures: found {architecture!r}, expected one of {', '.join(ARCHITECTURES)}"
         )
-    return architecture, _FAMILIES[architecture]
+    return architecture
 
 
-def _windows_from_hf(fields: "_Fields", family: _Family, layers: int) -> tuple[int | None, ...]:
+def _text_config(data: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The language model's part of a multimodal configuration; token ids and the like may stand outside it."""
+    inner = data.get("text_config")
+    if not isinstance(inner, dict):
+        raise Fields(data, source).error("text_config", "an object")
+    outer = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "quantization_config")
+    return {**{key: data[key] for key in outer if data.get(key) is not None}, **inner}
+
+
+def _softcaps_from_hf(fields: Fields) -> dict[str, float | None]:
+    return {
+        "query_pre_attn_scalar": fields.number("query_pre_attn_scalar"),
+        "attention_softcap": fields.number("attn_logit_softcapping", optional=True),
+        "logits_softcap": fields.number("final_logit_softcapping", optional=True),
+    }
+
+
+def _windows_from_hf(fields: Fields, family: Family, layers: int) -> tuple[int | None, ...]:
     if family.windows == "none":
         return (None,) * layers
-    types = fields.data.get("layer_types")
+    types = fields.get("layer_types")
     if types is not None:
         kinds = ("full_attention", "sliding_attention")
         if not isinstance(types, list) or len(types) != layers or not all(t in kinds for t in types):
             raise fields.error("layer_types", f"a list of {layers} entries, each one of {', '.join(kinds)}")
+    if family.window_flag and not fields.flag("use_sliding_window", False):
+        return (None,) * layers
+    window = fields.integer("sliding_window", None, optional=family.windows != "pattern")
     if family.windows == "all":
-        window = fields.integer(
-            "sliding_window", None if "sliding_window" in fields.data else _MISTRAL_WINDOW, optional=True
-        )
         if types is not None and window is not None and "full_attention" in types:
             raise fields.error("layer_types", "sliding_attention in every layer, as this architecture has it")
         return (window,) * layers
-    if not fields.flag("use_sliding_window", False):
-        return (None,) * layers
-    window = fields.integer("sliding_window", None if "sliding_window" in fields.data else _QWEN_WINDOW, optional=True)
-    if types is None:
-        first = fields.integer("max_window_layers", _QWEN_MAX_WINDOW_LAYERS, minimum=0)
+    if types is None and family.windows == "pattern":
+        period = fields.integer("sliding_window_pattern", family.window_pattern)
+        types = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(layers)]
+    elif types is None:
+        first = fields.integer("max_window_layers", minimum=0)
         types = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
     return tuple(window if t == "sliding_attention" else None for t in types)
-
-
-def _rope_from_hf(fields: "_Fields", max_positions: int) -> RopeConfig:
-    # transformers 5 prefers the old key where a file has both; rope_theta may stand inside the object or beside it.
-    name = "rope_scaling" if fields.given("rope_scaling") else "rope_parameters"
-    found = fields.data.get(name)
-    if found is not None and not isinstance(found, dict):
-        raise fields.error(name, "an object")
-    rope = _Fields(found or {}, fields.source, prefix=f"{name}.")
-    newer = fields.data.get("rope_parameters")
-    beside = newer.get("rope_theta") if isinstance(newer, dict) else None
-    theta = rope.number("rope_theta", fields.number("rope_theta", beside if beside is not None else 10_000.0))
-    rope_type = rope.text("rope_type" if rope.given("rope_type") else "type", "default")
-    if rope_type not in ROPE_TYPES:
-        raise UserError(
-            f"{fields.source}: {name}.rope_type: found {rope_type!r}, expected one of {', '.join(ROPE_TYPES)}"
-        )
-    for owner in (fields, rope):
-        if owner.given("partial_rotary_factor") and owner.number("partial_rotary_factor", 1.0) != 1.0:
-            raise owner.error("partial_rotary_factor", "1.0: these architectures rotate whole heads")
-    if rope_type == "default":
-        return _named(RopeConfig, fields.source, theta=theta)
-    factor = rope.number("factor")
-    if rope_type == "linear":
-        return _named(RopeConfig, fields.source, theta=theta, rope_type="linear", factor=factor)
-    original = fields.integer("original_max_position_embeddings", None, optional=True) or rope.integer(
-        "original_max_position_embeddings", max_positions
-    )
-    scaling = {"theta": theta, "rope_type": rope_type, "factor": factor, "original_max_position_embeddings": original}
-    if rope_type == "llama3":
-        bands = {key: rope.number(key) for key in ("low_freq_factor", "high_freq_factor")}
-        return _named(RopeConfig, fields.source, **scaling, **bands)
-    attention_factor = rope.number("attention_factor") if rope.given("attention_factor") else None
-    if attention_factor is None and rope.given("mscale") and rope.given("mscale_all_dim"):
-        over, under = (0.1 * rope.number(key) * math.log(max(factor, 1)) + 1 for key in ("mscale", "mscale_all_dim"))
-        attention_factor = over / under
-    return _named(
-        RopeConfig,
-        fields.source,
-        **scaling,
-        beta_fast=rope.number("beta_fast", 32.0),
-        beta_slow=rope.number("beta_slow", 1.0),
-        truncate=rope.flag("truncate", True),
-        attention_factor=attention_factor,
-    )
-
-
-def _named(make: Any, source: str, **values: Any) -> Any:
-    """`make(**values)` with the file's name before its complaint."""
-    try:
-        return make(**values)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
 
 
 def config_to_hf(config: DecoderConfig, *, dtype: str = "float32") -> dict[str, Any]:
@@ -257,9 +193,9 @@ def config_to_hf(config: DecoderConfig, *, dtype: str = "float32") -> dict[str, 
     Raises:
       UserError: the architecture is unknown, or cannot express one of the config's fields.
     """
-    family = _FAMILIES.get(config.architecture)
+    family = FAMILIES.get(config.architecture)
     if family is None:
-        raise UserError(f"architecture: found {config.architecture!r}, expected one of {', '.join(_FAMILIES)}")
+        raise UserError(f"architecture: found {config.architecture!r}, expected one of {', '.join(FAMILIES)}")
     _require_expressible(config, family)
     data: dict[str, Any] = {
         "architectures": [config.architecture],
@@ -273,7 +209,7 @@ def config_to_hf(config: DecoderConfig, *, dtype: str = "float32") -> dict[str, 
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": "silu",
+        "hidden_act": HIDDEN_ACTS[family.activation],
         "rms_norm_eps": config.rms_norm_eps,
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_word_embeddings,
@@ -283,21 +219,45 @@ def config_to_hf(config: DecoderConfig, *, dtype: str = "float32") -> dict[str, 
         "bos_token_id": config.bos_token_id,
         "eos_token_id": token_ids_to_hf(config.eos_token_ids),
         "pad_token_id": config.pad_token_id,
-        **_rope_to_hf(config.rope),
+        **rope_to_hf(config, family),
     }
     if family.bias == "attention_bias":
         data["attention_bias"] = config.qkv_bias
     if family.mlp_bias:
         data["mlp_bias"] = config.mlp_bias
+    if family.softcaps:
+        data |= {
+            "hidden_activation": HIDDEN_ACTS[family.activation],
+            "query_pre_attn_scalar": _whole(config.query_pre_attn_scalar or config.head_dim),
+            "attn_logit_softcapping": config.attention_softcap,
+            "final_logit_softcapping": config.logits_softcap,
+        }
+    return data | _windows_to_hf(config, family)
+
+
+def _whole(number: float) -> float:
+    """An integer where it is one: other readers' types insist."""
+    return int(number) if number == int(number) else number
+
+
+def _windows_to_hf(config: DecoderConfig, family: Family) -> dict[str, Any]:
+    data: dict[str, Any] = {}
     window = next((w for w in config.layer_windows if w is not None), None)
+    sliding = [w is not None for w in config.layer_windows]
+    types = ["sliding_attention" if s else "full_attention" for s in sliding]
     if family.windows == "all":
         data["sliding_window"] = window
+    elif family.windows == "pattern":
+        data["sliding_window"] = window or family.defaults["sliding_window"]
+        data["layer_types"] = types
+        period = sliding.index(False) + 1 if False in sliding else config.num_layers + 1
+        if sliding == [bool((i + 1) % period) for i in range(config.num_layers)]:
+            data["sliding_window_pattern"] = period
     elif family.windows == "per_layer":
-        sliding = [w is not None for w in config.layer_windows]
         data["use_sliding_window"] = window is not None
         data["sliding_window"] = window
         data["max_window_layers"] = sliding.index(True) if True in sliding else config.num_layers
-        data["layer_types"] = ["sliding_attention" if s else "full_attention" for s in sliding]
+        data["layer_types"] = types
     return data
 
 
@@ -316,35 +276,21 @@ def token_ids_to_hf(ids: tuple[int, ...]) -> int | list[int] | None:
     return None if not ids else ids[0] if len(ids) == 1 else list(ids)
 
 
-def _rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
-    scaling: dict[str, Any] = {"rope_type": rope.rope_type}
-    if rope.rope_type != "default":
-        scaling["factor"] = rope.factor
-    if rope.rope_type in ("llama3", "yarn"):
-        scaling["original_max_position_embeddings"] = rope.original_max_position_embeddings
-    if rope.rope_type == "llama3":
-        scaling |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
-    if rope.rope_type == "yarn":
-        scaling |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
-        if rope.attention_factor is not None:
-            scaling["attention_factor"] = rope.attention_factor
-    return {
-        "rope_theta": rope.theta,
-        "rope_scaling": None if rope.rope_type == "default" else dict(scaling),
-        "rope_parameters": {**scaling, "rope_theta": rope.theta},
-    }
-
-
-def _require_expressible(config: DecoderConfig, family: _Family) -> None:
+def _require_expressible(config: DecoderConfig, family: Family) -> None:
     windows = {w for w in config.layer_windows if w is not None}
     mixed = bool(windows) and None in config.layer_windows
     attention_bias = family.bias == "attention_bias" and config.qkv_bias
-    fixed = {
+    fixed: dict[str, tuple[Any, Any]] = {
         "qkv_bias": (config.qkv_bias, attention_bias or family.bias == "qkv"),
         "attention_out_bias": (config.attention_out_bias, attention_bias),
         "mlp_bias": (config.mlp_bias, family.mlp_bias and config.mlp_bias),
-        "qk_norm": (config.qk_norm, family.qk_norm),
+        "qkv_clip": (config.qkv_clip, config.qkv_clip if family.clip else None),
+        "local_rope": (config.local_rope, config.local_rope if family.local_theta is not None else None),
     }
+    for name in ("qk_norm", "activation", "norm", "branch_norms", "scale_embeddings"):
+        fixed[name] = (getattr(config, name), getattr(family, name))
+    for name in ("query_pre_attn_scalar", "attention_softcap", "logits_softcap"):
+        fixed[name] = (getattr(config, name), getattr(config, name) if family.softcaps else None)
     for name, (found, expected) in fixed.items():
         if found != expected:
             raise UserError(f"{name}: found {found}, expected {expected}: {config.architecture} has no other form")
@@ -353,83 +299,8 @@ def _require_expressible(config: DecoderConfig, family: _Family) -> None:
             "none": "full attention in every layer",
             "all": "the same window in every layer",
             "per_layer": "one window size, in any of the layers",
+            "pattern": "one window size, in any of the layers",
         }[family.windows]
         raise UserError(
             f"layer_windows: found {config.layer_windows}, expected {allowed}, as {config.architecture} has it"
         )
-
-
-_REQUIRED: Any = object()
-
-
-class _Fields:
-    """Typed reads from a JSON object; every complaint names file, field, what was found and what was expected.
-
-    A key that is null counts as absent.
-    """
-
-    def __init__(self, data: Mapping[str, Any], source: str, prefix: str = ""):
-        self.data, self.source, self.prefix = data, source, prefix
-
-    def given(self, name: str) -> bool:
-        return self.data.get(name) is not None
-
-    def error(self, name: str, expected: str) -> UserError:
-        shown = repr(self.data[name]) if name in self.data else "nothing"
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        return UserError(f"{self.source}: {self.prefix}{name}: found {shown}, expected {expected}")
-
-    def _value(self, name: str, default: Any, expected: str) -> Any:
-        value = self.data.get(name)
-        if value is None:
-            if default is _REQUIRED:
-                raise self.error(name, expected)
-            return default
-        return value
-
-    def integer(
-        self, name: str, default: Any = _REQUIRED, *, minimum: int = 1, maximum: int = 2**31 - 1, optional: bool = False
-    ) -> Any:
-        """An integer in range; None only where `optional`."""
-        expected = f"an integer from {minimum} to {maximum}"
-        value = self._value(name, default, expected)
-        if value is None and optional:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
-            raise self.error(name, expected)
-        return value
-
-    def number(self, name: str, default: Any = _REQUIRED) -> float:
-        value = self._value(name, default, "a finite number")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:
-            raise self.error(name, "a finite number")
-        return float(value)
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self._value(name, default, "true or false")
-        if not isinstance(value, bool):
-            raise self.error(name, "true or false")
-        return value
-
-    def text(self, name: str, default: str) -> str:
-        value = self._value(name, default, "a string")
-        if not isinstance(value, str):
-            raise self.error(name, "a string")
-        return value
-
-    def token_id(self, name: str, default: int | None) -> int | None:
-        """A token id; absent keys give `default`, null and the -1 of some old files None."""
-        value = self.data.get(name, default)
-        if value is None or value == -1:
-            return None
-        return self.integer(name, default, minimum=0)
-
-    def token_ids(self, name: str, default: int | None = None) -> tuple[int, ...]:
-        """One id or a list of them."""
-        value = self.data.get(name, default)
-        if not isinstance(value, list):
-            one = self.token_id(name, default)
-            return () if one is None else (one,)
-        if any(isinstance(v, bool) or not isinstance(v, int) or not 0 <= v < 2**31 for v in value):
-            raise self.error(name, "a token id or a list of token ids")
-        return tuple(value)

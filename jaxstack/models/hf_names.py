@@ -46,6 +46,18 @@ def hf_tensors(config: DecoderConfig) -> list[HfTensor]:
     return tensors
 
 
+def text_model_name(name: str) -> str | None:
+    """A tensor's name in the text model alone, from that in a multimodal checkpoint; None for one of another part.
+
+    transformers 4 wrote "language_model.model.layers...", transformers 5 writes "model.language_model.layers...".
+    """
+    name = name.removeprefix("model.")
+    if name.startswith("language_model."):
+        inner = name.removeprefix("language_model.").removeprefix("model.")
+        return inner if inner.startswith("lm_head.") else f"model.{inner}"
+    return name if name.startswith("lm_head.") else None
+
+
 def flat_params(decoder: Decoder) -> dict[tuple[str, ...], jax.Array]:
     """Every parameter's array by its path of attribute names, such as ("layers", "self_attn", "q_proj", "kernel")."""
     return {tuple(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(decoder, nnx.Param))}

@@ -1,8 +1,8 @@
 """Rotary position embeddings (Su et al. 2021), half-split, and the scalings that stretch them to longer contexts."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxstack.runtime.errors import UserError
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 @dataclass(frozen=True)
@@ -20,20 +20,24 @@ class RopeConfig:
     Attributes:
       theta: the base; pair `d` of a head turns by `position * theta ** (-2 d / head_dim)` radians.
       rope_type: "default", "linear" (every frequency divided by `factor`), "llama3" (long wavelengths divided, short
-        kept) or "yarn" (Peng et al. 2023).
+        kept), "yarn" (Peng et al. 2023) or "longrope" (Ding et al. 2024).
       factor: how many times longer than the pretraining context; ignored by "default".
-      original_max_position_embeddings: the pretraining context in tokens; "llama3" and "yarn" need it.
+      original_max_position_embeddings: the pretraining context in tokens; "llama3", "yarn" and "longrope" need it.
       low_freq_factor, high_freq_factor: "llama3": wavelengths above original/low are divided, below original/high kept.
       beta_fast, beta_slow, truncate: "yarn": rotations within the original context where the ramp ends and begins, and
         whether its ends are rounded to whole dimensions.
-      attention_factor: "yarn": multiplies cos and sin; None for 0.1 ln(factor) + 1.
+      attention_factor: "yarn", "longrope": multiplies cos and sin; None for 0.1 ln(factor) + 1 and
+        sqrt(1 + ln(factor) / ln(original)).
+      short_factor, long_factor: "longrope": what each pair's frequency is divided by, in contexts up to the pretraining
+        one and beyond it.
+      partial_rotary_factor: only so much of a head, its first features, is rotated.
 
     Raises:
       UserError: an unknown rope_type or a value out of range.
     """
 
     theta: float = 10_000.0
-    rope_type: Literal["default", "linear", "llama3", "yarn"] = "default"
+    rope_type: Literal["default", "linear", "llama3", "yarn", "longrope"] = "default"
     factor: float = 1.0
     original_max_position_embeddings: int | None = None
     low_freq_factor: float = 1.0
@@ -42,6 +46,9 @@ class RopeConfig:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float | None = None
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    partial_rotary_factor: float = 1.0
 
     def __post_init__(self):
         if self.rope_type not in ROPE_TYPES:
@@ -50,7 +57,7 @@ class RopeConfig:
             raise UserError(f"rope.theta: found {self.theta}, expected a number > 1")
         if not self.factor >= 1:
             raise UserError(f"rope.factor: found {self.factor}, expected a number >= 1")
-        if self.rope_type in ("llama3", "yarn") and not (self.original_max_position_embeddings or 0) > 0:
+        if self.rope_type in ("llama3", "yarn", "longrope") and not (self.original_max_position_embeddings or 0) > 0:
             raise UserError(
                 f"rope.original_max_position_embeddings: found {self.original_max_position_embeddings}, "
                 f"expected a positive integer with rope_type {self.rope_type!r}"
@@ -66,10 +73,64 @@ class RopeConfig:
             )
         if self.attention_factor is not None and not self.attention_factor > 0:
             raise UserError(f"rope.attention_factor: found {self.attention_factor}, expected a positive number")
+        if not 0 < self.partial_rotary_factor <= 1:
+            raise UserError(
+                f"rope.partial_rotary_factor: found {self.partial_rotary_factor}, expected a number in (0, 1]"
+            )
+        for name in ("short_factor", "long_factor"):
+            factors = getattr(self, name)
+            if not all(f > 0 for f in factors):
+                raise UserError(f"rope.{name}: found {factors}, expected positive numbers")
+            if (self.rope_type == "longrope") != bool(factors):
+                raise UserError(
+                    f"rope.{name}: found {len(factors)} factors with rope_type {self.rope_type!r}, expected "
+                    "one for each rotated pair with longrope, none otherwise"
+                )
+
+    def rotated(self, head_dim: int) -> int:
+        """How many features of a head are rotated.
+
+        Raises:
+          UserError: an odd number, or longrope's factors are not one for each pair.
+        """
+        features = int(head_dim * self.partial_rotary_factor)
+        if features < 2 or features % 2:
+            raise UserError(
+                f"rope.partial_rotary_factor: found {self.partial_rotary_factor}, {features} of {head_dim} features, "
+                "expected an even number of them"
+            )
+        for name in ("short_factor", "long_factor"):
+            found = len(getattr(self, name))
+            if found not in (0, features // 2):
+                raise UserError(f"rope.{name}: found {found} factors, expected one a rotated pair, {features // 2}")
+        return features
+
+    def for_context(self, tokens: int) -> "RopeConfig":
+        """This, with longrope's choice between short and long made once, for contexts of up to `tokens`.
+
+        A server that keeps rotated keys cannot change its mind in the middle of a request.
+        """
+        if self.rope_type != "longrope":
+            return self
+        chosen = self.long_factor if tokens > (self.original_max_position_embeddings or 0) else self.short_factor
+        return replace(self, short_factor=chosen, long_factor=chosen)
 
 
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Float[np.ndarray, "half"], float]:
-    """Radians per position of each pair of a head, float32, and the factor on cos and sin (1 except yarn)."""
+def inverse_frequencies(
+    rope: RopeConfig, head_dim: int, *, long: bool = False
+) -> tuple[Float[np.ndarray, "half"], float]:
+    """Radians per position of each rotated pair of a head, float32, and the factor on cos and sin (1 except yarn and
+    longrope).
+
+    Args:
+      rope: the settings.
+      head_dim: features of a head.
+      long: "longrope": for contexts beyond the pretraining one.
+
+    Raises:
+      UserError: as `RopeConfig.rotated`.
+    """
+    head_dim = rope.rotated(head_dim)
     # float32 throughout and in the reference implementations' order: these models were trained with those roundings.
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     frequencies = (np.float32(1) / np.float32(rope.theta) ** exponents).astype(np.float32)
@@ -80,6 +141,13 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Float[np.ndarr
     if rope.rope_type == "yarn":
         scale = rope.attention_factor
         return _yarn(frequencies, rope, head_dim), (0.1 * math.log(rope.factor) + 1.0 if scale is None else scale)
+    if rope.rope_type == "longrope":
+        scale = rope.attention_factor
+        if scale is None:
+            original = rope.original_max_position_embeddings or 0
+            scale = 1.0 if rope.factor <= 1 else math.sqrt(1 + math.log(rope.factor) / math.log(original))
+        factors = np.array(rope.long_factor if long else rope.short_factor, np.float32)
+        return (np.float32(1) / (factors * np.float32(rope.theta) ** exponents)).astype(np.float32), scale
     return frequencies, 1.0
 
 
@@ -112,8 +180,16 @@ def _yarn(frequencies: Float[np.ndarray, "half"], rope: RopeConfig, head_dim: in
 def rotation(
     positions: Int[Array, "... T"], rope: RopeConfig, head_dim: int
 ) -> tuple[Float[Array, "... T half"], Float[Array, "... T half"]]:
-    """cos and sin of every position's angles, float32."""
+    """cos and sin of every position's angles, float32.
+
+    With longrope the largest position along the last axis decides between short and long, as in a forward pass over
+    whole sequences; see `RopeConfig.for_context` for pieces of them.
+    """
+    frequencies: Any
     frequencies, scale = inverse_frequencies(rope, head_dim)
+    if rope.short_factor != rope.long_factor:
+        beyond = jnp.max(positions, axis=-1, keepdims=True) >= rope.original_max_position_embeddings
+        frequencies = jnp.where(beyond[..., None], inverse_frequencies(rope, head_dim, long=True)[0], frequencies)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
@@ -122,10 +198,11 @@ def rotate(
     x: Float[Array, "... T heads hd"], cos: Float[Array, "... T half"], sin: Float[Array, "... T half"]
 ) -> Float[Array, "... T heads hd"]:
     """Turns every head by its position's angles: `(x1 cos - x2 sin, x2 cos + x1 sin)` with x1, x2 the head's two
-    halves.
+    halves; features beyond the pairs that cos and sin are for stay as they are.
 
     Computed in float32, returned in `x`'s dtype.
     """
-    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    half = cos.shape[-1]
+    x1, x2, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], axis=-1).astype(x.dtype)

@@ -35,19 +35,19 @@ def packed_attention(
         says where each begins.
       longest: no document has more tokens than this; None for T. Keys further back are not even looked at, so the cost
         of rows much longer than their documents grows with the row, not with its square.
-      scale: multiplies the scores; None for head_dim**-0.5.
+      scale: multiplies the scores; None for the layer's own.
     """
     rows, length = positions.shape
 
     def attend(q: Array, k: Array, v: Array, layer: Any, cache: Any) -> tuple[Array, Any]:
         heads, head_dim = q.shape[-2:]
         kv_heads = k.shape[-2]
-        factor = head_dim**-0.5 if scale is None else scale
+        factor = scale or layer.scale or head_dim**-0.5
         # The first key that a query sees, as an index into its row.
         first = jnp.arange(length, dtype=jnp.int32) - jnp.minimum(positions, layer.window - 1)
         grouped = (q * factor).reshape(rows, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
         keys, values = (x.reshape(rows, length, kv_heads, head_dim).transpose(0, 2, 1, 3) for x in (k, v))
-        out = _attention(grouped, keys, values, first, _blocks(length, longest or length))
+        out = _attention(grouped, keys, values, first, layer.softcap, _blocks(length, longest or length))
         return out.transpose(0, 3, 1, 2, 4).reshape(q.shape), cache
 
     return attend
@@ -83,7 +83,11 @@ def _blocks(length: int, longest: int) -> tuple[_Block, ...]:
 
 
 def _scores(
-    q: Float[Array, "rows KV G T hd"], k: Float[Array, "rows KV T hd"], first: Int[Array, "rows T"], block: _Block
+    q: Float[Array, "rows KV G T hd"],
+    k: Float[Array, "rows KV T hd"],
+    first: Int[Array, "rows T"],
+    softcap: float | None,
+    block: _Block,
 ) -> Float[Array, "rows KV G Q S"]:
     """Scores of a block's queries with its keys, invisible ones at -1e30."""
     key, query = (jnp.arange(s.start, s.stop, dtype=jnp.int32) for s in (block.keys, block.queries))
@@ -91,24 +95,27 @@ def _scores(
     scores = jnp.einsum(
         "rkgqd,rksd->rkgqs", q[:, :, :, block.queries], k[:, :, block.keys], preferred_element_type=jnp.float32
     )
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     return jnp.where(visible[:, None, None], scores, _MASKED)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attention(
     q: Float[Array, "rows KV G T hd"],
     k: Float[Array, "rows KV T hd"],
     v: Float[Array, "rows KV T hd"],
     first: Int[Array, "rows T"],
+    softcap: float | None,
     blocks: tuple[_Block, ...],
 ) -> Float[Array, "rows KV G T hd"]:
-    return _forward(q, k, v, first, blocks)[0]
+    return _forward(q, k, v, first, softcap, blocks)[0]
 
 
-def _forward(q, k, v, first, blocks):
+def _forward(q, k, v, first, softcap, blocks):
     outs, logs = [], []
     for block in blocks:
-        scores = _scores(q, k, first, block)
+        scores = _scores(q, k, first, softcap, block)
         peak = jnp.max(scores, axis=-1)
         weights = jnp.exp(scores - peak[..., None])
         total = jnp.sum(weights, axis=-1)
@@ -121,7 +128,7 @@ def _forward(q, k, v, first, blocks):
     return out, (q, k, v, first, out, log_total)
 
 
-def _backward(blocks, kept, d_out):
+def _backward(softcap, blocks, kept, d_out):
     q, k, v, first, out, log_total = kept
     # d(softmax) needs sum_s p_s dp_s, which is the product of the output with its gradient.
     inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
@@ -129,9 +136,13 @@ def _backward(blocks, kept, d_out):
     d_k, d_v = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for block in blocks:
         queries, d_block = q[:, :, :, block.queries], d_out[:, :, :, block.queries]
-        p = jnp.exp(_scores(q, k, first, block) - log_total[:, :, :, block.queries, None])
+        scores = _scores(q, k, first, softcap, block)
+        p = jnp.exp(scores - log_total[:, :, :, block.queries, None])
         d_p = jnp.einsum("rkgqd,rksd->rkgqs", d_block, v[:, :, block.keys], preferred_element_type=jnp.float32)
-        d_s = (p * (d_p - inner[:, :, :, block.queries, None])).astype(q.dtype)
+        d_s = p * (d_p - inner[:, :, :, block.queries, None])
+        if softcap is not None:  # the slope of the cap; a masked score lies far outside its range
+            d_s *= 1 - (jnp.maximum(scores, -softcap) / softcap) ** 2
+        d_s = d_s.astype(q.dtype)
         p = p.astype(q.dtype)
         d_q.append(jnp.einsum("rkgqs,rksd->rkgqd", d_s, k[:, :, block.keys]))
         d_k = d_k.at[:, :, block.keys].add(_sum_over_queries(queries, d_s))

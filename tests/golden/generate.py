@@ -1,6 +1,8 @@
 """Makes the golden files in this folder from reference implementations. Needs torch and transformers; the tests do not.
 
-    .venv-peers/bin/python tests/golden/generate.py
+    .venv-peers/bin/python tests/golden/generate.py [NAME ...]
+
+With names, only those checkpoints are made, and nothing else.
 
 `decoder/NAME/`: a tiny random checkpoint of each family, saved by transformers itself, and `logits.npz` with two token
 sequences and transformers' float32 logits for them.
@@ -8,6 +10,7 @@ sequences and transformers' float32 logits for them.
 """
 
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +35,8 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 SLIDING = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "num_hidden_layers": 3}
+
+GEMMA = {"sliding_window": 8, "head_dim": 12, "hidden_activation": "gelu_pytorch_tanh", "pad_token_id": 0}
 
 # name: (configuration class, what differs from SIZES, stored dtype)
 CHECKPOINTS = {
@@ -59,11 +64,38 @@ CHECKPOINTS = {
         {"head_dim": 12, "tie_word_embeddings": True, "attention_bias": True, "pad_token_id": 0},
         torch.float32,
     ),
+    "gemma2": (
+        transformers.Gemma2Config,
+        {
+            **GEMMA,
+            "num_hidden_layers": 3,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 5.0,
+            "query_pre_attn_scalar": 24,
+        },
+        torch.bfloat16,
+    ),
+    "gemma3": (
+        transformers.Gemma3TextConfig,
+        {
+            **GEMMA,
+            "num_hidden_layers": 8,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+        torch.bfloat16,
+    ),
 }
 
 
-def decoder_checkpoints(out: Path) -> None:
+def decoder_checkpoints(out: Path, only: list[str]) -> None:
     for seed, (name, (config_class, differences, dtype)) in enumerate(CHECKPOINTS.items()):
+        if only and name not in only:
+            continue
         torch.manual_seed(seed)
         config = config_class(**{**SIZES, **differences}, attn_implementation="eager")
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -139,5 +171,10 @@ def rope_frequencies(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    decoder_checkpoints(Path(__file__).parent / "decoder")
+    names = sys.argv[1:]
+    if unknown := sorted(set(names) - CHECKPOINTS.keys()):
+        sys.exit(f"found {unknown[0]!r}, expected some of {', '.join(CHECKPOINTS)}")
+    decoder_checkpoints(Path(__file__).parent / "decoder", names)
+    if names:
+        sys.exit()
     rope_frequencies(Path(__file__).parent / "rope.npz")

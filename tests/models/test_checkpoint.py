@@ -94,6 +94,25 @@ def test_shards_round_trip_bit_for_bit(decoder, tmp_path):
         assert same(load_decoder(tmp_path / saved), decoder)
 
 
+@pytest.mark.parametrize("generation", [4, 5])
+def test_the_text_model_of_a_multimodal_folder(tmp_path, generation):
+    text = load_decoder(GOLDEN / "gemma3")
+    folder = Path(shutil.copytree(GOLDEN / "gemma3", tmp_path / "both"))
+    config = json.loads((folder / "config.json").read_text())
+    outer = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": config}
+    (folder / "config.json").write_text(json.dumps(outer))
+    prefix = "language_model." if generation == 4 else "model.language_model."
+    tensors = {
+        prefix + (name if generation == 4 else name.removeprefix("model.")): data
+        for name, data in tensors_of(folder).items()
+    }
+    tower = "vision_tower" if generation == 4 else "model.vision_tower"
+    rewrite(folder, tensors | {f"{tower}.patches.weight": np.zeros((3, 3), np.float32)})
+    assert same(load_decoder(folder), text)
+    rewrite(folder, tensors | {f"{prefix}extra.weight": np.zeros(3, np.float32)})
+    assert "extra tensor model.extra.weight" in refusal(folder)
+
+
 def test_tied_weights_are_written_once_and_dtype_is_named(decoder, tmp_path):
     save_decoder(decoder, tmp_path / "half", dtype=jnp.bfloat16)
     stored = read_header(tmp_path / "half" / "model.safetensors")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from flax import nnx
 
 from jaxstack.models import Decoder, DecoderConfig, LoraParam, LoraWeights, RopeConfig, dense_attention
 from jaxstack.models.hf_names import flat_params
+from jaxstack.models.rope import rotate, rotation
 from jaxstack.models.serving_layout import fuse_for_serving
 from jaxstack.runtime.errors import UserError
 from kernels.matmul import PackedWeight
@@ -221,6 +223,13 @@ def test_packed_weights_are_not_copied_out_of_the_stack():
         ({"layer_windows": (None,)}, "layer_windows: found 1 entries, expected one a layer, 3"),
         ({"layer_windows": (None, 0, None)}, "layer_windows: found 0"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps: found 0.0"),
+        ({"activation": "relu"}, "activation: found 'relu', expected one of silu, gelu_tanh"),
+        ({"logits_softcap": 0.0}, "logits_softcap: found 0.0, expected a positive number"),
+        ({"query_pre_attn_scalar": -1}, "query_pre_attn_scalar: found -1"),
+        (
+            {"local_rope": RopeConfig(partial_rotary_factor=0.5)},
+            "local_rope.partial_rotary_factor: expected that of rope",
+        ),
         ({"rms_norm_eps": "small"}, "rms_norm_eps: found 'small'"),
         ({"initializer_range": float("nan")}, "initializer_range: found nan"),
         ({"eos_token_ids": (1, -1)}, "eos_token_ids: found -1, expected token ids >= 0"),
@@ -236,15 +245,58 @@ def test_bad_configurations_get_one_line(changes, message):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"rope_type": "dynamic"}, "rope.rope_type: found 'dynamic', expected one of default, linear, llama3, yarn"),
+        (
+            {"rope_type": "dynamic"},
+            "rope.rope_type: found 'dynamic', expected one of default, linear, llama3, yarn, longrope",
+        ),
         ({"theta": 0.0}, "rope.theta: found 0.0"),
         ({"rope_type": "linear", "factor": 0.5}, "rope.factor: found 0.5"),
         ({"rope_type": "yarn"}, "rope.original_max_position_embeddings: found None"),
         ({"low_freq_factor": 4.0}, "low_freq_factor, high_freq_factor: found 4.0, 4.0"),
         ({"beta_fast": 0.5}, "beta_slow, beta_fast: found 1.0, 0.5"),
         ({"attention_factor": 0.0}, "rope.attention_factor: found 0.0"),
+        ({"partial_rotary_factor": 1.5}, "rope.partial_rotary_factor: found 1.5"),
+        ({"short_factor": (1.0,)}, "rope.short_factor: found 1 factors with rope_type 'default', expected"),
+        (
+            {"rope_type": "longrope", "original_max_position_embeddings": 8, "short_factor": (1.0,)},
+            "rope.long_factor: found 0 factors with rope_type 'longrope', expected one for each rotated pair",
+        ),
+        (
+            {
+                "rope_type": "longrope",
+                "original_max_position_embeddings": 8,
+                "short_factor": (1.0,),
+                "long_factor": (-1.0,),
+            },
+            r"rope.long_factor: found (-1.0,), expected positive numbers",
+        ),
     ],
 )
 def test_bad_rope_gets_one_line(values, message):
-    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+    with pytest.raises(UserError, match=re.escape(message)):
         RopeConfig(**values)
+
+
+def test_rotation_of_part_of_a_head_and_longrope_by_length():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((6, 2, 12), np.float32))
+    positions = jnp.arange(6)
+    half = RopeConfig(partial_rotary_factor=0.5)
+    turned = rotate(x, *rotation(positions, half, 12))
+    np.testing.assert_array_equal(turned[..., 6:], x[..., 6:])
+    np.testing.assert_array_equal(turned[..., :6], rotate(x[..., :6], *rotation(positions, RopeConfig(), 6)))
+
+    scaling = {"rope_type": "longrope", "original_max_position_embeddings": 5, "attention_factor": 1.0}
+    both = RopeConfig(**scaling, short_factor=(1.0,) * 6, long_factor=(2.0,) * 6)
+    plain, slow = (rotation(p, RopeConfig(), 12) for p in (positions, positions / 2))
+    for longest, expected in ((5, plain), (6, slow)):
+        for rope in (both, both.for_context(longest)):
+            for found, wanted in zip(rotation(positions[:longest], rope, 12), expected):
+                np.testing.assert_allclose(found, wanted[:longest], rtol=1e-6)
+    # A fixed choice holds for pieces of the sequence too.
+    np.testing.assert_allclose(rotation(positions[:2], both.for_context(6), 12)[0], slow[0][:2], rtol=1e-6)
+    with pytest.raises(UserError, match=r"rope\.short_factor: found 6 factors, expected one a rotated pair, 4"):
+        rotation(positions, both, 8)
+    with pytest.raises(
+        UserError, match=r"rope\.partial_rotary_factor: found 0\.25, 3 of 12 features, expected an even"
+    ):
+        rotation(positions, RopeConfig(partial_rotary_factor=0.25), 12)

@@ -14,11 +14,11 @@ def arrays(length, heads=6, kv_heads=2, head_dim=8, batch=(), seed=0):
     return tuple(jnp.asarray(generator.standard_normal(shape, np.float32)) for shape in shapes)
 
 
-def layer(window=FULL_WINDOW):
-    return LayerContext(jnp.int32(0), jnp.int32(window))
+def layer(window=FULL_WINDOW, **options):
+    return LayerContext(jnp.int32(0), jnp.int32(window), **options)
 
 
-def by_loop(q, k, v, segments, window):
+def by_loop(q, k, v, segments, window, scale=None, softcap=None):
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     length, heads, head_dim = q.shape
     group = heads // k.shape[1]
@@ -26,7 +26,8 @@ def by_loop(q, k, v, segments, window):
     for i in range(length):
         seen = [j for j in range(i + 1) if segments[i] == segments[j] and i - j < window]
         for h in range(heads):
-            scores = k[seen, h // group] @ q[i, h] / np.sqrt(head_dim)
+            scores = k[seen, h // group] @ q[i, h] * (scale or 1 / np.sqrt(head_dim))
+            scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
             weights = np.exp(scores - scores.max())
             out[i, h] = weights / weights.sum() @ v[seen, h // group]
     return out
@@ -45,6 +46,17 @@ def test_equals_the_loop(block_size):
         np.testing.assert_allclose(out, by_loop(q, k, v, segments, window), atol=1e-5)
 
 
+@pytest.mark.parametrize("block_size", [512, 7])
+def test_scale_and_softcap_come_from_the_layer_or_the_caller(block_size):
+    q, k, v = arrays(20)
+    expected = by_loop(q, k, v, np.ones(20), 9, scale=0.7, softcap=1.5)
+    own = dense_attention(block_size=block_size)(q, k, v, layer(9, scale=0.7, softcap=1.5), None)[0]
+    np.testing.assert_allclose(own, expected, atol=1e-5)
+    given = dense_attention(scale=0.7, softcap=1.5, block_size=block_size)(q, k, v, layer(9, scale=3.0), None)[0]
+    np.testing.assert_allclose(given, expected, atol=1e-5)
+    assert np.abs(expected - by_loop(q, k, v, np.ones(20), 9)).max() > 0.1
+
+
 def test_leading_dimensions_are_free():
     q, k, v = arrays(9, batch=(2, 3))
     out, _ = jax.jit(dense_attention(block_size=4))(q, k, v, layer(4), None)
@@ -55,12 +67,13 @@ def test_leading_dimensions_are_free():
             np.testing.assert_allclose(out[a, b], expected, atol=1e-5)
 
 
-def test_blocks_equal_one_piece_and_so_do_gradients():
+@pytest.mark.parametrize("softcap", [None, 0.8])
+def test_blocks_equal_one_piece_and_so_do_gradients(softcap):
     q, k, v = arrays(50, batch=(2,))
     segments = jnp.array([[1] * 30 + [2] * 20, [1] * 10 + [0] * 40])
 
     def loss(qkv, block_size):
-        out, _ = dense_attention(segments, block_size=block_size)(*qkv, layer(12), None)
+        out, _ = dense_attention(segments, block_size=block_size)(*qkv, layer(12, softcap=softcap), None)
         return jnp.sum(jnp.sin(out) * (segments > 0)[..., None, None]), out
 
     step = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)

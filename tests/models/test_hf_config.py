@@ -79,6 +79,10 @@ def to_old_keys(data):
     """The same file as transformers 4 would have written it."""
     data = dict(data)
     rope = dict(data.pop("rope_parameters"))
+    if "full_attention" in rope:
+        data["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        data["sliding_window_pattern"] = data.pop("_sliding_window_pattern")
+        rope = dict(rope["full_attention"])
     data["rope_theta"] = rope.pop("rope_theta")
     data["rope_scaling"] = None if rope["rope_type"] == "default" else {"type": rope.pop("rope_type"), **rope}
     data["torch_dtype"] = data.pop("dtype")
@@ -97,7 +101,8 @@ def test_both_generations_give_the_same_config_and_we_write_both(name):
     written = config_to_hf(config, dtype=stored_dtype(new))
     assert config_from_hf(json.loads(json.dumps(written))) == config
     without_new = {k: v for k, v in written.items() if k not in ("rope_parameters", "dtype", "layer_types")}
-    without_old = {k: v for k, v in written.items() if k not in ("rope_scaling", "rope_theta", "torch_dtype")}
+    old_keys = ("rope_scaling", "rope_theta", "rope_local_base_freq", "torch_dtype", "sliding_window_pattern")
+    without_old = {k: v for k, v in written.items() if k not in old_keys}
     assert config_from_hf(without_new) == config_from_hf(without_old) == config
     # transformers' own file, key by key, where both write the key
     assert {k: written[k] for k in new.keys() & written.keys()} == {
@@ -157,6 +162,63 @@ def test_what_absent_keys_mean(keys, expected):
     data = {k: v for k, v in SMALL.items() if k != "head_dim"} | keys
     config = config_from_hf(data)
     assert {name: getattr(config, name) for name in expected} == expected
+
+
+# As published for Gemma 3 4B: the text model inside a multimodal one, most of its keys left to the class.
+GEMMA3 = {
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "eos_token_id": [1, 106],
+    "model_type": "gemma3",
+    "text_config": {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+    "torch_dtype": "bfloat16",
+    "vision_config": {"hidden_size": 1152},
+}
+
+
+def test_a_published_text_config_inside_a_multimodal_one():
+    config = config_from_hf(GEMMA3)
+    assert config == DecoderConfig(
+        architecture="Gemma3ForCausalLM",
+        vocab_size=262208,
+        hidden_size=2560,
+        intermediate_size=10240,
+        num_layers=34,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=256,
+        activation="gelu_tanh",
+        norm="rms_offset",
+        branch_norms=True,
+        rope=RopeConfig(theta=1e6, rope_type="linear", factor=8.0),
+        local_rope=RopeConfig(theta=1e4),
+        max_position_embeddings=131072,
+        tie_word_embeddings=True,
+        scale_embeddings=True,
+        qk_norm=True,
+        query_pre_attn_scalar=256,
+        layer_windows=tuple(None if i % 6 == 5 else 1024 for i in range(34)),
+        bos_token_id=2,
+        eos_token_ids=(1, 106),
+        pad_token_id=0,
+    )
+    assert config.attention_scale == 1 / 16
+    assert config_from_hf(config_to_hf(config)) == config
+
+
+def test_gemma2_alternates_and_caps():
+    config = config_from_hf({**SMALL, "architectures": ["Gemma2ForCausalLM"]})
+    assert config.layer_windows == (4096, None, 4096, None)
+    assert (config.attention_softcap, config.logits_softcap, config.query_pre_attn_scalar) == (50, 30, 256)
+    assert (config.tie_word_embeddings, config.qk_norm, config.local_rope) == (True, False, None)
+    capless = {**SMALL, "architectures": ["Gemma2ForCausalLM"], "attn_logit_softcapping": None}
+    assert config_from_hf(capless).attention_softcap is None
 
 
 def test_generation_config_overrides_token_ids(tmp_path):
@@ -227,6 +289,26 @@ BAD = [
     ({"eos_token_id": "</s>"}, "eos_token_id: found '</s>', expected an integer from 0"),
     ({"eos_token_id": [1, None]}, "eos_token_id: found [1, None], expected a token id or a list of token ids"),
     ({"bos_token_id": 1.5}, "bos_token_id: found 1.5"),
+    ({"architectures": ["Gemma3ForConditionalGeneration"]}, "text_config: found nothing, expected an object"),
+    (
+        {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": {"hidden_size": "x"}},
+        "text_config.hidden_size: found 'x', expected an integer",
+    ),
+    (
+        {"architectures": ["Gemma2ForCausalLM"], "hidden_activation": "silu"},
+        "hidden_activation: found 'silu', expected 'gelu_pytorch_tanh'",
+    ),
+    (
+        {"architectures": ["Gemma3ForCausalLM"], "use_bidirectional_attention": True},
+        "use_bidirectional_attention: found True, expected false",
+    ),
+    (
+        {"architectures": ["Gemma3ForCausalLM"], "rope_parameters": {"full_attention": {"rope_type": "odd"}}},
+        "rope_parameters.full_attention.rope_type: found 'odd', expected one of",
+    ),
+    ({"architectures": ["Gemma2ForCausalLM"], "sliding_window": None}, "sliding_window: found None, expected"),
+    ({"architectures": ["Gemma2ForCausalLM"], "attn_logit_softcapping": -1}, "attention_softcap: found -1.0"),
+    ({"architectures": ["Gemma2ForCausalLM"], "query_pre_attn_scalar": "x"}, "query_pre_attn_scalar: found 'x'"),
     (
         {
             "architectures": ["MistralForCausalLM"],
@@ -288,6 +370,9 @@ def test_bad_dtype_names():
         ({"qk_norm": False}, "qk_norm: found False, expected True: Qwen3ForCausalLM has no other form"),
         ({"qkv_bias": True}, "attention_out_bias: found False, expected True"),
         ({"mlp_bias": True}, "mlp_bias: found True, expected False"),
+        ({"norm": "rms_offset"}, "norm: found rms_offset, expected rms: Qwen3ForCausalLM has no other form"),
+        ({"attention_softcap": 50.0}, "attention_softcap: found 50.0, expected None"),
+        ({"local_rope": RopeConfig()}, "local_rope: found .*, expected None"),
         ({"layer_windows": (1, 2, None, None)}, "layer_windows: found .* expected one window size"),
         (
             {"architecture": "MistralForCausalLM", "qk_norm": False, "layer_windows": (None, 2, 2, 2)},

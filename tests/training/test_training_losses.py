@@ -91,14 +91,17 @@ def test_whole_model_loss_equals_numpy_on_logits_of_separate_documents():
     np.testing.assert_allclose(float(parts.num), num, rtol=2e-6)
 
 
-@pytest.mark.parametrize("length,window,longest", [(40, 2**30, None), (160, 5, None), (160, 2**30, 60), (130, 17, 43)])
-def test_packed_attention_equals_dense_attention_with_its_gradients(length, window, longest):
+@pytest.mark.parametrize(
+    "length,window,longest,softcap",
+    [(40, 2**30, None, None), (160, 5, None, 1.5), (160, 2**30, 60, None), (130, 17, 43, 1.5)],
+)
+def test_packed_attention_equals_dense_attention_with_its_gradients(length, window, longest, softcap):
     rng = np.random.default_rng(length + window % 100)
     items = examples(12, seed=3, longest=length // 3)
     lengths = [len(e.token_ids) for e in items]
     data = batch(items, [[i for i in range(6) if sum(lengths[: i + 1]) <= length], [6, 7]], length)
     q, k, v, d_out = (jnp.asarray(rng.normal(size=(2, length, heads, 8)), jnp.float32) for heads in (4, 2, 2, 4))
-    layer = LayerContext(jnp.int32(0), jnp.int32(window))
+    layer = LayerContext(jnp.int32(0), jnp.int32(window), scale=None if softcap is None else 0.6, softcap=softcap)
     real = (data["segment_ids"] != 0)[..., None, None]  # what padding attends to is nobody's business
 
     def dense(q, k, v):
