@@ -94,8 +94,8 @@ class Engine:
         dtype = jnp.dtype(name)
         packing = config.pack_weights
         if packing is None:
-            packing = on_cpu and dtype == jnp.float32 and matmul.available()
-        decoder = fuse_for_serving(decoder, pack=packing, consume=True)
+            packing = on_cpu and matmul.available()
+        decoder = fuse_for_serving(decoder, pack=packing, dtype=dtype, consume=True)
         if config.max_adapters:
             add_slots(decoder, config.max_adapters, config.max_adapter_rank, dtype)
         self._adapters = AdapterRegistry(config.max_adapters)

@@ -128,7 +128,7 @@ class Linear(nnx.Module):
         *,
         out_dtype: jnp.dtype | None = None,
     ) -> Float[Array, "... out"]:
-        """Computes in `x`'s dtype; parameters of another dtype are cast to it.
+        """Computes in `x`'s dtype, to which parameters of another are cast, or in that of a packed kernel.
 
         Args:
           adapter_ids: one adapter for each row of `x` (its leading dimensions), or None for the only one
@@ -137,14 +137,10 @@ class Linear(nnx.Module):
         """
         kernel = self.kernel.get_value()
         out_dtype = x.dtype if out_dtype is None else out_dtype
-        if isinstance(kernel, PackedWeight):
-            out = matmul(x, kernel).astype(out_dtype)
-        elif out_dtype == x.dtype:
-            out = matmul(x, kernel.astype(x.dtype))
-        else:
-            out = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=out_dtype)
-        if self.bias is not None:
-            out = out + self.bias.get_value().astype(out_dtype)
+        if not isinstance(kernel, PackedWeight):
+            kernel = kernel.astype(x.dtype)
+        bias = None if self.bias is None else self.bias.get_value()
+        out = matmul(x, kernel, bias, out_dtype=out_dtype)
         if self.lora is not None:
             out = out + self.lora(x, adapter_ids).astype(out_dtype)
         return out

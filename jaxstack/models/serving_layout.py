@@ -9,6 +9,7 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from jaxstack.models.decoder import Decoder
 from jaxstack.models.linear import Linear, LoraParam
@@ -16,15 +17,16 @@ from jaxstack.runtime.errors import UserError
 from kernels import matmul
 
 
-def fuse_for_serving(decoder: Decoder, *, pack: bool, consume: bool = False) -> Decoder:
+def fuse_for_serving(decoder: Decoder, *, pack: bool, dtype: DTypeLike = jnp.float32, consume: bool = False) -> Decoder:
     """A decoder whose q, k, v projections are one `qkv_proj` and whose gate and up projections are one `gate_up_proj`.
 
     What is not rearranged (embedding, norms, and without `pack` the output projections) is shared with `decoder`.
 
     Args:
       decoder: as loaded or trained.
-      pack: also store every matrix of the layers and the output matrix as a float32 `kernels.matmul.PackedWeight`; a
-        tied output matrix then exists a second time, packed.
+      pack: also store every matrix of the layers and the output matrix as a `kernels.matmul.PackedWeight`; a tied
+        output matrix then exists a second time, packed.
+      dtype: of packed matrices, float32 or bfloat16.
       consume: rearrange `decoder` itself, freeing each stack of weights once it has been replaced (peak memory: the
         model and one such stack) instead of leaving it usable.
 
@@ -42,14 +44,14 @@ def fuse_for_serving(decoder: Decoder, *, pack: bool, consume: bool = False) -> 
     attention.qkv_proj = _side_by_side((attention.q_proj, attention.k_proj, attention.v_proj))
     attention.q_proj = attention.k_proj = attention.v_proj = nnx.data(None)
     if pack:
-        _pack_kernel(attention.qkv_proj)
-        _pack_kernel(attention.o_proj)
+        _pack_kernel(attention.qkv_proj, dtype)
+        _pack_kernel(attention.o_proj, dtype)
     mlp.gate_up_proj = _side_by_side((mlp.gate_proj, mlp.up_proj))
     mlp.gate_proj = mlp.up_proj = nnx.data(None)
     if pack:
-        _pack_kernel(mlp.gate_up_proj)
-        _pack_kernel(mlp.down_proj)
-        _pack_head(decoder)
+        _pack_kernel(mlp.gate_up_proj, dtype)
+        _pack_kernel(mlp.down_proj, dtype)
+        _pack_head(decoder, dtype)
     return decoder
 
 
@@ -64,17 +66,17 @@ def _side_by_side(parts: Sequence[Linear | None]) -> Linear:
     return fused
 
 
-def _pack_kernel(linear: Linear) -> None:
-    linear.kernel = _param(matmul.pack(linear.kernel.get_value()))
+def _pack_kernel(linear: Linear, dtype: DTypeLike) -> None:
+    linear.kernel = _param(matmul.pack(linear.kernel.get_value(), dtype))
 
 
-def _pack_head(decoder: Decoder) -> None:
+def _pack_head(decoder: Decoder, dtype: DTypeLike) -> None:
     if decoder.lm_head is not None:
-        _pack_kernel(decoder.lm_head)
+        _pack_kernel(decoder.lm_head, dtype)
         return
     config = decoder.config
     head = nnx.eval_shape(lambda: Linear(config.hidden_size, config.vocab_size, rngs=nnx.Rngs(0)))
-    head.kernel = _param(matmul.pack_transposed(decoder.embed.embedding.get_value()))
+    head.kernel = _param(matmul.pack_transposed(decoder.embed.embedding.get_value(), dtype))
     decoder.lm_head = head
 
 

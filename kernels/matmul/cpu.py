@@ -22,28 +22,33 @@ def available() -> bool:
     return not why_not()
 
 
-def matmul(x: Float[Array, "... K"], w: PackedWeight) -> Float[Array, "... N"]:
-    """`x @ w`, float32, on the threads of XLA's CPU client; a row's result does not depend on the rows beside it.
+def matmul(
+    x: Float[Array, "... K"], w: PackedWeight, bias: Float[Array, " N"] | None, out_dtype: jnp.dtype
+) -> Float[Array, "... N"]:
+    """`x @ w + bias` on the threads of XLA's CPU client; a row's result does not depend on the rows beside it.
+
+    `x` has the weight's dtype, `out_dtype` is float32 or bfloat16; sums are float32 in any case.
 
     Raises:
       RuntimeError: the kernel is not available (see `why_not`).
     """
     if reason := why_not():
         raise RuntimeError(f"matmul: implementation='cpu' is not available: {reason}")
-    depth = w.panels.shape[-2]
-    rows = x.reshape(-1, depth).astype(jnp.float32)
+    rows = x.reshape(-1, w.in_features)
     # Panels of a single matrix are a stack of one; reshape of a buffer moves nothing.
-    panels = w.panels if w.panels.ndim == 4 else w.panels[None]
+    panels = w.panels if w.stacked else w.panels[None]
     layer = jnp.zeros((), jnp.int32) if w.layer is None else w.layer
     # x cut into blocks along K. A result that nobody reads, so that XLA places it in the program's own scratch memory,
     # where it is still warm from the product before.
-    blocked = 0 if rows.shape[0] == 1 else rows.shape[0] * -(-depth // _BLOCK) * _BLOCK
+    words = panels.shape[2]
+    as_it_is = rows.shape[0] == 1 and w.in_features * w.dtype.itemsize == words * 4
+    blocked = 0 if as_it_is else rows.shape[0] * -(-words // _BLOCK) * _BLOCK
     call = jax.ffi.ffi_call(
         kernel.target,
         (
-            jax.ShapeDtypeStruct((rows.shape[0], w.out_features), jnp.float32),
+            jax.ShapeDtypeStruct((rows.shape[0], w.out_features), out_dtype),
             jax.ShapeDtypeStruct((blocked,), jnp.float32),
         ),
     )
-    out, _ = call(rows, panels, layer)
+    out, _ = call(rows, panels, layer, jnp.zeros((0,), jnp.float32) if bias is None else bias.astype(jnp.float32))
     return out.reshape(*x.shape[:-1], w.out_features)

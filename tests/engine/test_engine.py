@@ -20,6 +20,7 @@ from jaxstack.models.decoder import Decoder, DecoderConfig
 from jaxstack.models.tokenizer import byte_tokenizer
 from jaxstack.runtime.compilation import CompileCounter
 from jaxstack.runtime.errors import UserError
+from kernels.matmul import PackedWeight, available
 
 VOCAB = byte_tokenizer().vocab_size
 WINDOW = 96
@@ -206,6 +207,19 @@ def test_greedy_equals_the_plain_loop_without_prefix_cache_and_unpacked(plain):
     outputs = assert_same(bare, plain, prompts(2, 8), 10)
     assert sum(o.cached_tokens for o in outputs) == 0
     assert bare.scheduler.pool.free == bare.scheduler.pool.size
+
+
+def test_bfloat16_greedy_is_that_of_float32_where_the_choice_is_clear(plain):
+    half = Engine(decoder(), byte_tokenizer(), dataclasses.replace(SETTINGS, dtype="bfloat16", max_sequences=1))
+    packed = jax.tree.leaves(half.runner._weights, is_leaf=lambda leaf: isinstance(leaf, PackedWeight))
+    assert [leaf.dtype for leaf in packed if isinstance(leaf, PackedWeight)] == [jnp.bfloat16] * (5 * available())
+    asked = prompts(4, 24)
+    compared = 0
+    for prompt, output in zip(asked, half.generate(asked, greedy(8))):
+        expected = plain(prompt, 8, margin=0.2)
+        compared += len(expected)
+        assert output.completions[0].token_ids[: len(expected)] == expected
+    assert compared > 20
 
 
 def test_greedy_equals_the_plain_loop_amid_aborts(engine, plain):

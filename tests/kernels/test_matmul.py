@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import os
+import platform
 import subprocess
 import sys
 import textwrap
@@ -14,24 +15,35 @@ import pytest
 import kernels.matmul as matmul_package
 from kernels import build
 from kernels.matmul import PackedWeight, available, cpu, matmul, pack, pack_transposed, why_not
+from kernels.native import NativeKernel
 
 needs_kernel = pytest.mark.skipif(not available(), reason=f"the compiled kernel: {why_not()}")
 FORMS = [None, "ref", "xla", pytest.param("cpu", marks=needs_kernel)]
 
 
-def normal(rng, *shape):
-    return rng.standard_normal(shape, dtype=np.float32)
+DTYPES = [jnp.float32, jnp.bfloat16]
 
 
-def assert_close(found, x, w):
-    """Against float64, within what float32 sums of K terms may lose: K eps of the sum of magnitudes is far above it."""
-    x, w = x.astype(np.float64), w.astype(np.float64)
-    slack = 1e-6 * (np.abs(x) @ np.abs(w)) + 1e-30
-    assert found.dtype == np.float32
-    assert found.shape == (x @ w).shape
-    assert (np.abs(np.asarray(found, np.float64) - x @ w) <= slack).all()
+def normal(rng, *shape, dtype=np.float32):
+    return rng.standard_normal(shape, dtype=np.float32).astype(dtype)
 
 
+def assert_close(found, x, w, bias=0.0, dtype=np.float32):
+    """Against float64, within what float32 sums of K terms may lose: K eps of the sum of magnitudes is far above it.
+
+    A result in `dtype` may be rounded to it once.
+    """
+    x, w, bias = (np.asarray(a, np.float64) for a in (x, w, bias))
+    expected = x @ w + bias
+    slack = 1e-6 * (np.abs(x) @ np.abs(w) + np.abs(bias)) + 1e-30
+    if dtype == jnp.bfloat16:
+        slack += 2.0**-8 * np.abs(expected)
+    assert found.dtype == dtype
+    assert found.shape == expected.shape
+    assert (np.abs(np.asarray(found, np.float64) - expected) <= slack).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("implementation", FORMS)
 @pytest.mark.parametrize(
     ("rows", "depth", "columns"),
@@ -47,23 +59,54 @@ def assert_close(found, x, w):
         (70, 513, 197),
     ],
 )
-def test_packed_equals_float64(rows, depth, columns, implementation):
+def test_packed_equals_float64(rows, depth, columns, implementation, dtype):
     rng = np.random.default_rng(rows)
-    x, w = normal(rng, rows, depth), normal(rng, 3, depth, columns)
-    packed = pack(w)
+    x, w = normal(rng, rows, depth, dtype=dtype), normal(rng, 3, depth, columns, dtype=dtype)
+    packed = pack(w, dtype)
     assert packed.shape == (3, depth, columns)
     for layer in range(3):
         assert packed.at_layer(layer).shape == (depth, columns)
         assert_close(matmul(x, packed.at_layer(layer), implementation=implementation), x, w[layer])
-    assert_close(matmul(x, pack(w[1]), implementation=implementation), x, w[1])
+    bias = normal(rng, columns)
+    for out_dtype in DTYPES:
+        found = matmul(x, pack(w[1], dtype), jnp.asarray(bias), out_dtype=out_dtype, implementation=implementation)
+        assert_close(found, x, w[1], bias, out_dtype)
 
 
 @needs_kernel
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [40, 120])
-def test_rows_beyond_what_the_second_level_cache_holds(rows):
+def test_rows_beyond_what_the_second_level_cache_holds(rows, dtype):
     rng = np.random.default_rng(0)
-    x, w = normal(rng, rows, 9001), normal(rng, 9001, 70)
-    assert_close(matmul(x, pack(w)), x, w)
+    x, w = normal(rng, rows, 9001, dtype=dtype), normal(rng, 9001, 70, dtype=dtype)
+    assert_close(matmul(x, pack(w, dtype)), x, w)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not available(), reason="flags of this processor family")
+@pytest.mark.parametrize("without", ["-mno-avx512bf16", "-mno-avx512f", "-mno-avx"])
+def test_processors_that_can_do_less(without, monkeypatch):
+    """Every path of the source, on the machine at hand: without the bfloat16 unit, AVX-512, AVX."""
+    flags = ("-O1" if flag == "-O3" else flag for flag in build.FLAGS)  # compiles in a third of the time
+    monkeypatch.setattr(build, "FLAGS", (*flags, without))
+    lesser = NativeKernel(cpu.kernel.source, symbol=cpu.kernel.symbol, target=cpu.kernel.target + without)
+    assert lesser.why_not() == ""
+    monkeypatch.setattr(cpu, "kernel", lesser)
+    rng = np.random.default_rng(9)
+    for dtype in DTYPES:
+        x, w = normal(rng, 9, 517, dtype=dtype), normal(rng, 517, 70, dtype=dtype)
+        found = cpu.matmul(jnp.asarray(x), pack(w, dtype), None, jnp.dtype(jnp.float32))
+        assert_close(found, x, w)
+        alone = [cpu.matmul(jnp.asarray(x[i : i + 1]), pack(w, dtype), None, jnp.dtype(jnp.float32)) for i in range(9)]
+        np.testing.assert_array_equal(np.concatenate(alone), found)
+
+
+@needs_kernel
+def test_rounding_to_bfloat16_is_to_the_nearest_even_and_keeps_what_is_not_finite():
+    one = pack(np.eye(1, dtype=np.float32))
+    bits = np.r_[np.arange(0x3F80_0000, 0x3F84_0000, 0x101), 0x7F7F_FFFF, 0x7F80_0000, 0xFF80_0000, 0x7FC0_0001]
+    x = bits.astype(np.uint32).view(np.float32)[:, None]
+    found = np.asarray(matmul(x, one, out_dtype=jnp.bfloat16))
+    np.testing.assert_array_equal(found.astype(np.float32), x.astype(jnp.bfloat16).astype(np.float32))
 
 
 @pytest.mark.parametrize("implementation", [None, "ref", "xla"])
@@ -76,34 +119,43 @@ def test_plain_weights(implementation):
 
 
 @needs_kernel
-def test_a_row_has_the_same_bits_in_every_batch():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_has_the_same_bits_in_every_batch(dtype):
     rng = np.random.default_rng(1)
-    packed = pack(normal(rng, 3, 300, 130))
-    x = jnp.asarray(normal(rng, 70, 300))
+    packed = pack(normal(rng, 3, 300, 130), dtype)
+    x = jnp.asarray(normal(rng, 70, 300, dtype=dtype))
     product = jax.jit(matmul)
     for layer in range(3):
         w = packed.at_layer(layer)
         alone = np.concatenate([np.asarray(product(x[row : row + 1], w)) for row in range(70)])
-        for rows in range(1, 71):
+        for rows in (*range(1, 15), 23, 24, 25, 31, 32, 33, 48, 64, 69, 70):
             # Another number of rows, and with the start moved, other places in the batch.
             start = (rows * 7) % (71 - rows)
             np.testing.assert_array_equal(np.asarray(product(x[start : start + rows], w)), alone[start : start + rows])
         assert_close(alone, np.asarray(x), np.asarray(w.unpack()))
 
 
-def test_pack_and_unpack():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pack_and_unpack(dtype):
     rng = np.random.default_rng(2)
     for shape in [(3, 5), (64, 64), (2, 3, 70), (700, 1000)]:
         w = normal(rng, *shape)
-        for packed in (pack(w), pack(jnp.asarray(w)), jax.jit(pack)(w), pack_transposed(np.swapaxes(w, -1, -2))):
-            assert packed.shape == shape
-            assert packed.ndim == len(shape)
-            assert packed.dtype == jnp.float32
-            np.testing.assert_array_equal(packed.unpack(), w)
-            np.testing.assert_array_equal(packed.panels, pack(w).panels)
-    np.testing.assert_array_equal(jax.jit(pack_transposed)(w.T).panels, pack(w).panels)
-    half = jnp.asarray(w, jnp.bfloat16)
-    np.testing.assert_array_equal(pack(half).unpack(), half.astype(jnp.float32))
+        rounded = w.astype(dtype)
+        packed = pack(w, dtype)
+        others = (
+            pack(jnp.asarray(w), dtype),
+            pack(rounded, dtype),
+            jax.jit(pack, static_argnums=1)(w, dtype),
+            pack_transposed(np.swapaxes(w, -1, -2), dtype),
+            jax.jit(pack_transposed, static_argnums=1)(np.swapaxes(w, -1, -2), dtype),
+        )
+        for other in (packed, *others):
+            assert other.shape == shape
+            assert other.ndim == len(shape)
+            assert other.dtype == dtype
+            np.testing.assert_array_equal(other.unpack(), rounded)
+            np.testing.assert_array_equal(other.panels, packed.panels)
+    np.testing.assert_array_equal(pack(rounded).unpack(), rounded.astype(np.float32))
 
 
 def test_pack_survives_its_source():
@@ -150,6 +202,10 @@ def test_errors_say_what_to_do():
         matmul(x, jnp.ones((8, 8)), implementation="cpu")
     with pytest.raises(ValueError, match="unknown implementation"):
         matmul(x, one, implementation="fast")
+    with pytest.raises(ValueError, match="bias"):
+        matmul(x, one, jnp.ones(7))
+    with pytest.raises(ValueError, match="expected float32 or bfloat16"):
+        pack(np.ones((3, 3), np.float32), jnp.float16)
     with pytest.raises(ValueError, match="matrix"):
         pack(np.ones(3, np.float32))
     with pytest.raises(TypeError, match="floating point"):

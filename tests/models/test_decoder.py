@@ -195,6 +195,20 @@ def test_serving_layout_gives_the_same_logits(pack, tied):
         fuse_for_serving(decoder, pack=pack)
 
 
+def test_bfloat16_packed_weights_give_the_logits_of_plain_ones():
+    config = dataclasses.replace(CONFIG, tie_word_embeddings=True)
+    decoder = decoder_with_noise(config)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), nnx.state(decoder))
+    nnx.update(decoder, half)
+    wide = decoder_with_noise(config)
+    nnx.update(wide, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half))
+    expected, plain = logits_of(wide), logits_of(decoder)
+    found = logits_of(fuse_for_serving(decoder, pack=True, dtype=jnp.bfloat16))
+    assert found.dtype == jnp.float32
+    # Both lose what activations in bfloat16 lose; the packed form rounds less often.
+    assert np.abs(found - expected).mean() <= 1.05 * np.abs(plain - expected).mean()
+
+
 def test_adapters_are_not_fused():
     with pytest.raises(UserError, match="LoRA"):
         fuse_for_serving(with_adapters(decoder_with_noise(), some_modules), pack=False)
