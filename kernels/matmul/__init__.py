@@ -2,9 +2,9 @@
 
 A plain `w [K, N]` goes to XLA's dot on every platform, for training and for accelerators. `pack` stores weights once,
 as float32 or bfloat16, in the order a CPU streams them from memory; `matmul` then runs a compiled kernel
-(packed_matmul.cc), faster at the few rows of a decode step, and in bfloat16 twice as fast where the processor multiplies
-bfloat16 itself (AVX512-BF16). A stack of layers stays one array: inside a scan, `packed.at_layer(index)` names a layer
-and copies nothing.
+(packed_matmul.cc), faster at the few rows of a decode step; in bfloat16 it is twice as fast again where the processor
+multiplies bfloat16 itself (AVX512-BF16). A stack of layers stays one array: inside a scan, `packed.at_layer(index)`
+names a layer and copies nothing.
 
     source packed_matmul.cc -> kernels/native.py (compile, cache) -> cpu.py (XLA custom call) <- packed.py (the layout)
     ref.py: the oracle       xla.py: what XLA compiles itself, also for packed weights where there is no compiler
