@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PEERS := .venv-peers
 
-.PHONY: help venv demo test lint serve peers clean
+.PHONY: help venv demo test browser lint serve peers clean
 
 help:
 	@echo "make demo    set up, serve the embedded model, let it solve held-out problems"
@@ -33,8 +33,15 @@ demo: venv
 serve: venv
 	@$(PY) -m launch.serve $(if $(MODEL),--model=$(MODEL))
 
-test: venv
+test: venv browser
 	$(PY) -m pytest
+
+# The server's page is tested in a real browser. Where there is none and none can be installed, those tests are skipped and say so.
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null || { \
+		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "installing chromium for the tests of the page" && \
+		apt-get update -qq >/dev/null && apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
+	} || echo "no chromium: the tests of the page will be skipped"
 
 lint: venv
 	$(PY) -m ruff check .

@@ -26,6 +26,7 @@ from jaxstack.serving.endpoints import Endpoints
 from jaxstack.serving.errors import ApiError, ClientGone, as_api_error, unavailable
 from jaxstack.serving.exchange import Exchange
 from jaxstack.serving.metrics import Metrics
+from jaxstack.serving.page import HEADERS, LivePage
 from jaxstack.serving.prompts import check_model, detokenize, tokenize
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class Service:
     def __init__(self, engine: Engine, config: ServerConfig):
         self.engine, self.config = engine, config
         self.metrics = Metrics(engine, config.model_name)
+        self.page = LivePage(engine, config)
         self.failure: BaseException | None = None
         self.draining = False
         self.active = 0
@@ -90,6 +92,12 @@ class Service:
 
     async def show_metrics(self, exchange: Exchange) -> None:
         await exchange.answer_bytes(self.metrics.text(), "text/plain; version=0.0.4; charset=utf-8")
+
+    async def show_page(self, exchange: Exchange) -> None:
+        await exchange.answer_bytes(self.page.html, "text/html; charset=utf-8", headers=HEADERS)
+
+    async def show_snapshot(self, exchange: Exchange) -> None:
+        await exchange.answer(self.page.snapshot(), headers={"cache-control": "no-store"})
 
     async def list_models(self, exchange: Exchange) -> None:
         await exchange.answer({"object": "list", "data": [self._card()]})
@@ -224,6 +232,8 @@ def build_app(engine: Engine, config: ServerConfig | None = None) -> Starlette:
         return Route(path, _Endpoint(handler, config, needs_key=needs_key), methods=[method])
 
     routes = [
+        route("/", "GET", service.show_page, needs_key=False),
+        route("/page/snapshot", "GET", service.show_snapshot, needs_key=False),
         route("/health", "GET", service.health, needs_key=False),
         route("/metrics", "GET", service.show_metrics, needs_key=False),
         route("/v1/models", "GET", service.list_models),

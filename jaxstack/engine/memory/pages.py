@@ -64,6 +64,10 @@ class PagePool:
     def owner(self, page: int) -> Owner:
         return Owner(self._owner[page])
 
+    def owners(self) -> bytes:
+        """An `Owner` for every page, in order; callable from any thread."""
+        return bytes(self._owner)
+
     def _move(self, page: int, expected: Owner, new: Owner) -> None:
         found = self._owner[page]
         if found != expected:
