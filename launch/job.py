@@ -185,7 +185,7 @@ def _print_help(program: str) -> typing.NoReturn:
     """The launcher's own docstring and flags; absl's dozens of logging flags stay out of the way."""
     module = sys.modules["__main__"]
     print((module.__doc__ or "").strip(), "\n")
-    for name, flag in sorted((f.name, f) for f in flags.FLAGS.get_flags_for_module(module)):
+    for name, flag in sorted((f.name, f) for f in flags.FLAGS.get_key_flags_for_module(module)):
         print(f"  --{name}={flag.default}\n      {flag.help}")
     for config in _config_flags:
         flag = flags.FLAGS["config"]

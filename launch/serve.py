@@ -12,21 +12,18 @@ Then, for instance:
 """
 
 import contextlib
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from jaxstack.engine import Engine, EngineConfig
-from jaxstack.models.embedded import embedded_model
+from jaxstack.engine import Engine
 from jaxstack.runtime.errors import UserError
 from jaxstack.serving import ServerConfig, serve
 from jaxstack.serving.running import listen
-from launch import job
+from launch import engine_flags, job
 
-_SERVER, _ENGINE = ServerConfig(), EngineConfig()
+_SERVER = ServerConfig()
 
-_MODEL = flags.DEFINE_string("model", None, "model folder; by default the embedded Countdown model")
 _NAME = flags.DEFINE_string("served_model_name", None, "what clients call the model; by default the folder's name")
 _HOST = flags.DEFINE_string("host", _SERVER.host, "address to listen on; 0.0.0.0 lets other machines in")
 _PORT = flags.DEFINE_integer("port", _SERVER.port, "port to listen on; 0 takes a free one")
@@ -36,19 +33,11 @@ _BODY = flags.DEFINE_integer("max_body_bytes", _SERVER.max_body_bytes, "largest 
 _STREAMS = flags.DEFINE_integer("max_streams", _SERVER.max_streams, "requests answered at once; more get 429")
 _DRAIN = flags.DEFINE_float("drain_timeout_s", _SERVER.drain_timeout_s, "time for running answers on shutdown, seconds")
 _TIMEOUT = flags.DEFINE_float("request_timeout_s", None, "longest time for one answer, seconds")
-_WINDOW = flags.DEFINE_integer("max_model_len", None, "prompt and answer together, tokens; by default the model's own")
-_PAGE = flags.DEFINE_integer("page_size", _ENGINE.page_size, "tokens in a page of the KV cache, a power of two")
-_PAGES = flags.DEFINE_integer("pages", None, "pages of the KV cache; by default chosen from the free memory")
-_SEQUENCES = flags.DEFINE_integer("max_sequences", _ENGINE.max_sequences, "answers generated at once")
-_BATCH = flags.DEFINE_integer("max_batch_tokens", _ENGINE.max_batch_tokens, "tokens computed in one step")
-_WAITING = flags.DEFINE_integer("max_waiting", _ENGINE.max_waiting, "requests that may wait; more get 429")
-_DTYPE: Any = flags.DEFINE_enum("dtype", _ENGINE.dtype, ["auto", "float32", "bfloat16"], "of weights and cache")
-_CACHING = flags.DEFINE_bool("prefix_caching", _ENGINE.prefix_caching, "reuse the computation of common beginnings")
-_SEED = flags.DEFINE_integer("seed", _ENGINE.seed, "of the seeds given to requests that bring none")
+flags.adopt_module_key_flags(engine_flags)
 
 
 def run() -> dict[str, Any]:
-    folder = embedded_model() if _MODEL.value is None else Path(_MODEL.value)
+    folder = engine_flags.model_folder()
     config = ServerConfig(
         host=_HOST.value,
         port=_PORT.value,
@@ -59,21 +48,13 @@ def run() -> dict[str, Any]:
         max_streams=_STREAMS.value,
         drain_timeout_s=_DRAIN.value,
         request_timeout_s=_TIMEOUT.value,
+        tool_parser=engine_flags.TOOLS.value,
+        reasoning_parser=engine_flags.REASONING.value,
     )
-    engine_config = EngineConfig(
-        max_sequences=_SEQUENCES.value,
-        max_batch_tokens=_BATCH.value,
-        max_model_len=_WINDOW.value,
-        page_size=_PAGE.value,
-        num_pages=_PAGES.value,
-        prefix_caching=_CACHING.value,
-        dtype=_DTYPE.value,
-        max_waiting=_WAITING.value,
-        seed=_SEED.value,
-    )
+    settings = engine_flags.engine_config()
     # The address first: loading takes a while, and a port in use should be known before.
     with contextlib.closing(listen(config)) as listener:
-        engine = Engine.from_folder(folder, engine_config)
+        engine = Engine.from_folder(folder, settings)
 
         def on_ready(url: str) -> None:
             print(f"serving {config.model_name} at {url}/v1", flush=True)

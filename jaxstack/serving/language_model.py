@@ -169,6 +169,10 @@ class EndpointModel:
         """Closes the connections."""
         self._client.close()
 
+    def async_client(self) -> openai.AsyncOpenAI:
+        """A client with the same settings, for the running event loop; to be closed by whoever asked for it."""
+        return openai.AsyncOpenAI(**self._settings, http_client=openai.DefaultAsyncHttpxClient(**self._http))
+
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -188,10 +192,9 @@ class EndpointModel:
     ) -> AsyncIterator[Delta]:
         """See `LanguageModel.stream`. Token counts come with the last piece, if the server reports them."""
         body = await asyncio.to_thread(self._body, prompt, sampling or SamplingParams(), chat_kwargs)
-        http = openai.DefaultAsyncHttpxClient(**self._http)
-        async with openai.AsyncOpenAI(**self._settings, http_client=http) as client:
+        async with self.async_client() as client:
             create = client.completions.create if isinstance(prompt, str) else client.chat.completions.create
-            with _plain_errors(self.base_url):
+            with plain_errors(self.base_url):
                 async with await create(**body, stream=True) as chunks:
                     async for chunk in chunks:
                         for choice in chunk.choices:
@@ -203,7 +206,7 @@ class EndpointModel:
         body = self._body(prompt, sampling, chat_kwargs)
         client: Any = self._client
         create = client.completions.create if isinstance(prompt, str) else client.chat.completions.create
-        with _plain_errors(self.base_url):
+        with plain_errors(self.base_url):
             response = create(**body)
         completions = [
             Completion(
@@ -263,7 +266,7 @@ class EndpointModel:
     def model(self) -> str:
         """The model's name, asked for once if it was not given."""
         if self._model is None:
-            with _plain_errors(self.base_url):
+            with plain_errors(self.base_url):
                 self._model = next(iter(self._client.models.list())).id
         return self._model
 
@@ -272,13 +275,13 @@ class EndpointModel:
         if not self._extended:
             raise UserError("max_tokens: found None, expected a number (extended=False)")
         root = self.base_url.rstrip("/").removesuffix("/v1")
-        with _plain_errors(self.base_url):
+        with plain_errors(self.base_url):
             content = {"model": self.model, "prompt": prompt}
             counted = self._client.post(f"{root}/tokenize", body=content, cast_to=dict[str, Any])
         return max(1, counted["max_model_len"] - counted["count"])
 
 
-class _plain_errors:
+class plain_errors:
     """Turns the client's exceptions for a user's mistakes into one line."""
 
     def __init__(self, base_url: str):
