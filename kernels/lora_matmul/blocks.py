@@ -7,10 +7,10 @@ from jaxtyping import Array, Int
 
 
 class BlockAdapters(NamedTuple):
-    """The distinct adapters above 0 of each block, rising, in the first `count`; the rest repeat the last of them."""
+    """The distinct adapters above 0 of each block, rising, in the first `filled`; the rest repeat the last of them."""
 
     adapter: Int[Array, "blocks most"]
-    count: Int[Array, " blocks"]
+    filled: Int[Array, " blocks"]
 
 
 def adapters_of_blocks(adapter_of_row: Int[Array, " rows"], block: int, adapters: int) -> BlockAdapters:

@@ -36,7 +36,7 @@ def lora_matmul(x, a, b, scale, adapter_of_row, layer, *, interpret=False):
         compiler_params=parameters,
         interpret=interpret,
         name="lora_down",
-    )(met.adapter, met.count, adapter_of_row, layer[None], x, a, scale)
+    )(met.adapter, met.filled, adapter_of_row, layer[None], x, a, scale)
     return pl.pallas_call(
         functools.partial(_up, wide=wide),
         out_shape=jax.ShapeDtypeStruct((rows, out_features), x.dtype),
@@ -44,7 +44,7 @@ def lora_matmul(x, a, b, scale, adapter_of_row, layer, *, interpret=False):
         compiler_params=parameters,
         interpret=interpret,
         name="lora_up",
-    )(met.adapter, met.count, adapter_of_row, layer[None], low, b)
+    )(met.adapter, met.filled, adapter_of_row, layer[None], low, b)
 
 
 def _down(adapter_ref, count_ref, of_row_ref, layer_ref, x_ref, a_ref, scale_ref, low_ref, *, wide):
@@ -54,6 +54,8 @@ def _down(adapter_ref, count_ref, of_row_ref, layer_ref, x_ref, a_ref, scale_ref
     here = pl.ds(block * BLOCK, BLOCK)
     within = block * BLOCK + jnp.arange(BLOCK) < rows
     ranks = jnp.arange(wide) < rank
+    # From a start that is not known beforehand, since 16 may reach past the rank; the mask keeps it in.
+    across_ranks = pl.ds(block * 0, wide)
     of_row = plt.load(of_row_ref.at[here], mask=within, other=0)
     common, precision = _types(x_ref, a_ref)
 
@@ -64,7 +66,7 @@ def _down(adapter_ref, count_ref, of_row_ref, layer_ref, x_ref, a_ref, scale_ref
             inner = k * _DEPTH + jnp.arange(_DEPTH) < depth
             deep = pl.ds(k * _DEPTH, _DEPTH)
             some = plt.load(x_ref.at[here, deep], mask=within[:, None] & inner, other=0.0)
-            factor = plt.load(a_ref.at[layer, adapter, deep, pl.ds(0, wide)], mask=inner[:, None] & ranks, other=0.0)
+            factor = plt.load(a_ref.at[layer, adapter, deep, across_ranks], mask=inner[:, None] & ranks, other=0.0)
             return total + _dot(some.astype(common), factor.astype(common), precision)
 
         nothing = jnp.zeros((BLOCK, wide), jnp.float32)
@@ -72,7 +74,7 @@ def _down(adapter_ref, count_ref, of_row_ref, layer_ref, x_ref, a_ref, scale_ref
         return jnp.where((of_row == adapter)[:, None], total, low)
 
     low = jax.lax.fori_loop(0, count_ref[block], one_adapter, jnp.zeros((BLOCK, wide), jnp.float32))
-    plt.store(low_ref.at[here, pl.ds(0, wide)], low, mask=within[:, None] & ranks)
+    plt.store(low_ref.at[here, across_ranks], low, mask=within[:, None] & ranks)
 
 
 def _up(adapter_ref, count_ref, of_row_ref, layer_ref, low_ref, b_ref, out_ref, *, wide):
@@ -83,13 +85,14 @@ def _up(adapter_ref, count_ref, of_row_ref, layer_ref, low_ref, b_ref, out_ref, 
     within = block * BLOCK + jnp.arange(BLOCK) < rows
     columns = start + jnp.arange(_COLUMNS) < out_ref.shape[1]
     ranks = jnp.arange(wide) < rank
+    across_ranks = pl.ds(block * 0, wide)
     of_row = plt.load(of_row_ref.at[here], mask=within, other=0)
-    low = plt.load(low_ref.at[here, pl.ds(0, wide)], mask=within[:, None] & ranks, other=0.0)
+    low = plt.load(low_ref.at[here, across_ranks], mask=within[:, None] & ranks, other=0.0)
     common, precision = _types(out_ref, b_ref)
 
     def one_adapter(i, total):
         adapter = adapter_ref[block, i]
-        factor = plt.load(b_ref.at[layer, adapter, pl.ds(0, wide), across], mask=ranks[:, None] & columns, other=0.0)
+        factor = plt.load(b_ref.at[layer, adapter, across_ranks, across], mask=ranks[:, None] & columns, other=0.0)
         product = _dot(low.astype(common), factor.astype(common), precision)
         return jnp.where((of_row == adapter)[:, None], product, total)
 

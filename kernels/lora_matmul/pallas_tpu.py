@@ -67,7 +67,7 @@ def lora_matmul(x, a, b, scale, adapter_of_row, layer, *, interpret=False):
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
         name="lora_matmul",
-    )(met.adapter, met.count, layer[None], adapter_of_row[:, None], scale[layer][adapter_of_row][:, None], x, a, b)
+    )(met.adapter, met.filled, layer[None], adapter_of_row[:, None], scale[layer][adapter_of_row][:, None], x, a, b)
 
 
 def _kernel(

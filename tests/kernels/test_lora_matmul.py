@@ -149,5 +149,5 @@ def test_lowers_for_accelerators(device, shape):
 
 def test_adapters_of_blocks():
     met = adapters_of_blocks(jnp.asarray([4, 0, 2, 2, 0, 0, 0, 0, 1, 1]), block=4, adapters=5)
-    np.testing.assert_array_equal(met.count, [2, 0, 1])
+    np.testing.assert_array_equal(met.filled, [2, 0, 1])
     np.testing.assert_array_equal(met.adapter, [[2, 4, 4, 4], [0, 0, 0, 0], [1, 1, 1, 1]])
