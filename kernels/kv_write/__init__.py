@@ -4,6 +4,8 @@ The cache has the layout of `kernels.paged_attention`: `[layers, pages, page_siz
 values interleaved on the head axis. A token's slot is `page * page_size + offset`.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from kernels.kv_write import ref, xla
 from kernels.platforms import implementation_for
 
-Implementation = Literal["ref", "xla"]
+Implementation = Literal["ref", "xla", "pallas_gpu", "pallas_tpu", "interpret"]
 
 
 def kv_write(
@@ -30,19 +32,48 @@ def kv_write(
     them stays there is not defined. Give the cache away (donate it, or carry it through a loop), or XLA copies it.
 
     Args:
-      implementation: "ref" (row by row, the oracle) or "xla" (one scatter). None picks by platform.
+      implementation: "ref" (row by row, the oracle), "xla" (one scatter), "pallas_gpu" (NVIDIA GPUs), "pallas_tpu"
+        or "interpret" (the GPU form, run by JAX's interpreter on any platform, slowly). None picks the platform's own
+        form where it can, else "xla".
 
     Raises:
-      ValueError: shapes that do not fit, or an unknown implementation.
+      ValueError: shapes that do not fit, or an implementation that does not exist or cannot take them.
+      RuntimeError: an implementation was asked for that cannot run on this platform.
     """
     rows, kv_heads, head_dim = k.shape
     if k.shape != v.shape or cache.shape[3:] != (2 * kv_heads, head_dim) or slots.shape != (rows,):
         raise ValueError(f"kv_write: k {k.shape}, v {v.shape} and slots {slots.shape} do not fit cache {cache.shape}")
-    form = implementation_for("kv_write", implementation, _FORMS)
+    form = implementation_for("kv_write", implementation, _FORMS, lambda form: _refuses(form, cache))
     return _FORMS[form](cache, k, v, jnp.asarray(layer, jnp.int32), slots.astype(jnp.int32))
 
 
-_FORMS = {"ref": ref.kv_write, "xla": xla.kv_write}
+def _refuses(form: str, cache) -> str:
+    """Why `form` cannot take this cache, in one line; empty if it can."""
+    if form == "pallas_tpu" and cache.shape[-1] % 128:
+        return f"found head_dim {cache.shape[-1]}, expected a multiple of 128"
+    return ""
+
+
+# Pallas is imported where it is used: it takes a while, and on a CPU nobody needs it.
+def _pallas_gpu(*arrays, **options):
+    from kernels.kv_write import pallas_gpu
+
+    return pallas_gpu.kv_write(*arrays, **options)
+
+
+def _pallas_tpu(*arrays, **options):
+    from kernels.kv_write import pallas_tpu
+
+    return pallas_tpu.kv_write(*arrays, **options)
+
+
+_FORMS: dict[str, Callable] = {
+    "ref": ref.kv_write,
+    "xla": xla.kv_write,
+    "pallas_gpu": _pallas_gpu,
+    "pallas_tpu": _pallas_tpu,
+    "interpret": functools.partial(_pallas_gpu, interpret=True),
+}
 
 
 __all__ = ["Implementation", "kv_write"]

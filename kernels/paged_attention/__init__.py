@@ -6,6 +6,8 @@ one after another; sequence s owns rows `query_starts[s] .. query_starts[s + 1]`
 tokens in the cache. The first `num_decodes` sequences have one row each.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from kernels.paged_attention import cpu, ref, xla
 from kernels.paged_attention.ragged import QUERY_BLOCK, Ragged, ragged
 from kernels.platforms import implementation_for
 
-Implementation = Literal["ref", "xla", "cpu"]
+Implementation = Literal["ref", "xla", "cpu", "pallas_gpu", "pallas_tpu", "interpret"]
 
 
 def paged_attention(
@@ -38,9 +40,11 @@ def paged_attention(
     Args:
       softcap: c > 0 turns every score s into c * tanh(s / c) (Gemma 2); None leaves them.
       sinks: one logit a head that joins the softmax as a key without a value (gpt-oss); None for none.
-      implementation: "ref" (dense, the oracle), "xla" (blocked, cost follows the real lengths) or "cpu" (compiled C++:
+      implementation: "ref" (dense, the oracle), "xla" (blocked, cost follows the real lengths), "cpu" (compiled C++:
         float32 or bfloat16 computed in float32, head_dim a multiple of 16; a row's result does not depend on the rows
-        beside it). None picks "cpu" where it can, else "xla".
+        beside it), "pallas_gpu" (NVIDIA GPUs: head_dim up to 256), "pallas_tpu" (head_dim a multiple of 128) or
+        "interpret" (the GPU form, run by JAX's interpreter on any platform, slowly). None picks the platform's own
+        form where it can, else "xla".
 
     Raises:
       ValueError: shapes that do not fit, or an implementation that does not exist or cannot take them.
@@ -52,18 +56,48 @@ def paged_attention(
         raise ValueError(f"softcap: found {softcap}, expected a positive number or None")
     if sinks is not None and sinks.shape != q.shape[1:2]:
         raise ValueError(f"sinks: found shape {sinks.shape}, expected one logit a head, ({q.shape[1]},)")
-    form = implementation_for("paged_attention", implementation, _FORMS, lambda form: _refuses(form, q, kv))
+    form = implementation_for("paged_attention", implementation, _FORMS, lambda form: _refuses(form, q, kv, batch))
     window = jnp.asarray(window, jnp.int32)
     arrays = (q, kv, jnp.asarray(layer, jnp.int32), batch)
     return _FORMS[form](*arrays, scale=scale, window=window, softcap=softcap, sinks=sinks)
 
 
-def _refuses(form: str, q, kv) -> str:
+def _refuses(form: str, q, kv, batch) -> str:
     """Why `form` cannot take these arrays, in one line; empty if it can."""
-    return cpu.refuses(q, kv) if form == "cpu" else ""
+    if form == "cpu":
+        return cpu.refuses(q, kv)
+    if form in ("pallas_gpu", "interpret"):
+        from kernels.paged_attention import pallas_gpu
+
+        return pallas_gpu.refuses(q, kv)
+    if form == "pallas_tpu":
+        from kernels.paged_attention import pallas_tpu
+
+        return pallas_tpu.refuses(q, kv, batch)
+    return ""
 
 
-_FORMS = {"ref": ref.paged_attention, "xla": xla.paged_attention, "cpu": cpu.paged_attention}
+# Pallas is imported where it is used: it takes a while, and on a CPU nobody needs it.
+def _pallas_gpu(*arrays, **options):
+    from kernels.paged_attention import pallas_gpu
+
+    return pallas_gpu.paged_attention(*arrays, **options)
+
+
+def _pallas_tpu(*arrays, **options):
+    from kernels.paged_attention import pallas_tpu
+
+    return pallas_tpu.paged_attention(*arrays, **options)
+
+
+_FORMS: dict[str, Callable] = {
+    "ref": ref.paged_attention,
+    "xla": xla.paged_attention,
+    "cpu": cpu.paged_attention,
+    "pallas_gpu": _pallas_gpu,
+    "pallas_tpu": _pallas_tpu,
+    "interpret": functools.partial(_pallas_gpu, interpret=True),
+}
 
 
 __all__ = ["QUERY_BLOCK", "Implementation", "Ragged", "paged_attention", "ragged"]

@@ -1,14 +1,19 @@
 """Writing new keys and values: every form against plain numpy, and in place where the cache is given away."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lowering import GPUS, TPU, TPUS, TRITON, lowered_text
 
-from kernels.kv_write import kv_write
+from kernels.kv_write import kv_write, pallas_tpu
 
 LAYERS, PAGES, PAGE, KV_HEADS, HEAD_DIM = 3, 9, 4, 2, 16
-FORMS = ["ref", "xla", None]
+FORMS = {name: functools.partial(kv_write, implementation=name) for name in ("ref", "xla", "interpret", None)} | {
+    "pallas_tpu": functools.partial(pallas_tpu.kv_write, interpret=True)
+}
 
 
 def fresh(rng, rows, dtype=np.float32):
@@ -19,18 +24,19 @@ def fresh(rng, rows, dtype=np.float32):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_equals_numpy(form, dtype):
+    rows_of_padding = 9
     rng = np.random.default_rng(0)
     cache = jnp.asarray(rng.normal(size=(LAYERS, PAGES, PAGE, 2 * KV_HEADS, HEAD_DIM)), dtype)
     # The first and last slots of pages, all of one page, and three rows of padding in the scrap page.
     scrap = (PAGES - 1) * PAGE
-    slots = np.array([0, 3, 31, *range(16, 20), 13, scrap, scrap, scrap])
+    slots = np.array([*range(16, 35), 0, 3, 15, 8, *range(4, 8), 13, *[scrap] * rows_of_padding])
     k, v = fresh(rng, len(slots))
     wanted = np.array(cache, np.float32)
     for row, slot in enumerate(slots):
         for head in range(KV_HEADS):
             wanted[1, slot // PAGE, slot % PAGE, 2 * head] = k[row, head].astype(dtype)
             wanted[1, slot // PAGE, slot % PAGE, 2 * head + 1] = v[row, head].astype(dtype)
-    found = jax.jit(lambda *args: kv_write(*args, implementation=form))(cache, k, v, 1, jnp.asarray(slots, jnp.int32))
+    found = jax.jit(FORMS[form])(cache, k, v, jnp.int32(1), jnp.asarray(slots, jnp.int32))
     assert found.dtype == dtype
     found = np.array(found, np.float32)
     found[1, PAGES - 1, 0] = wanted[1, PAGES - 1, 0]  # the scrap slot may hold any of its rows
@@ -57,3 +63,15 @@ def test_what_does_not_fit_is_refused():
         kv_write(cache, k, v, 0, jnp.zeros(2, jnp.int32))
     with pytest.raises(ValueError, match=r"found implementation='fast', expected None or one of ref, xla"):
         kv_write(cache, k, v, 0, jnp.zeros(3, jnp.int32), implementation="fast")
+
+
+@pytest.mark.parametrize("device", [*GPUS, *TPUS])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("head_dim", [80, 128])
+def test_lowers_for_accelerators(device, dtype, head_dim):
+    """A program for the device, chosen by None; TPUs copy whole rows of lanes or leave it to XLA."""
+    cache = jax.ShapeDtypeStruct((LAYERS, PAGES, 16, 8, head_dim), dtype)
+    fresh, slots = jax.ShapeDtypeStruct((32, 4, head_dim), dtype), jax.ShapeDtypeStruct((32,), jnp.int32)
+    text = lowered_text(lambda *args: kv_write(*args[:3], 1, args[3]), cache, fresh, fresh, slots, device=device)
+    assert (TRITON in text) == (device in GPUS)
+    assert (TPU in text) == (device in TPUS and head_dim == 128)
