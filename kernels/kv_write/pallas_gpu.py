@@ -37,6 +37,6 @@ def kv_write(cache, k, v, layer, slots, *, interpret=False):
         out_shape=jax.ShapeDtypeStruct(flat.shape, flat.dtype),
         input_output_aliases={3: 0},
         interpret=interpret,
-        **({} if interpret else {"compiler_params": triton.CompilerParams(num_warps=_WARPS, num_stages=1)}),
+        compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=1),
     )(layer * slots_of_layer + slots, k.reshape(rows, size), v.reshape(rows, size), flat)
     return out.reshape(cache.shape)

@@ -98,13 +98,10 @@ class _Attention:
         return q.reshape(-1, self.head_dim), kv.reshape(-1, self.head_dim), sinks
 
     def _call(self, kernel, grid, out_shape, **more):
-        params = {}
-        if not self.interpret:
-            blocks = self.blocks
-            params = {
-                "compiler_params": triton.CompilerParams(num_warps=blocks.num_warps, num_stages=blocks.num_stages)
-            }
-        return pl.pallas_call(kernel, grid=grid, out_shape=out_shape, interpret=self.interpret, **params, **more)
+        params = triton.CompilerParams(num_warps=self.blocks.num_warps, num_stages=self.blocks.num_stages)
+        return pl.pallas_call(
+            kernel, grid=grid, out_shape=out_shape, interpret=self.interpret, compiler_params=params, **more
+        )
 
     def _decode_kernel(self, splits, scalars, tables, lens, q, kv, sinks, top_out, total_out, out):
         sequence, kv_head, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)

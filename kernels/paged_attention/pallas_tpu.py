@@ -82,8 +82,8 @@ class _Attention:
         query = jnp.pad(q.astype(jnp.float32), ((0, QUERY_BLOCK), (0, 0), (0, 0)))
         anywhere = pl.BlockSpec(memory_space=pl.ANY)
         queries = self.group * QUERY_BLOCK
-        tables = (scalars, batch.block_tables.reshape(-1), batch.kv_lens)
-        tables += (batch.query_starts, batch.item_sequence, batch.item_row)
+        described = (batch.kv_lens, batch.query_starts, batch.item_sequence, batch.item_row)
+        tables = (scalars, batch.block_tables.reshape(-1), *described)
         out = self._call(
             self._chunk_kernel,
             batch.item_sequence.shape[0],
@@ -153,12 +153,12 @@ class _Attention:
         *_, total, result = scratch
 
         @pl.when(n < count)
-        def _():
+        def divide():
             for head in range(self.kv_heads):
                 out[head] = result[head] / jnp.maximum(total[head][:, :1], 1e-30)
 
         @pl.when(n >= count)
-        def _():
+        def nothing():
             out[...] = jnp.zeros(out.shape, out.dtype)
 
     def _chunk_kernel(self, scalars, tables, lens, starts, sequences, item_rows, zeros, query, *refs):
@@ -190,7 +190,7 @@ class _Attention:
             copy.wait()
 
         @pl.when(n < count)
-        def _():
+        def gather():
             move(True)
             for head in range(self.heads):
                 group, member = divmod(head, self.group)
@@ -199,7 +199,7 @@ class _Attention:
         self._attend(n, count, span, position, scalars, tables, gathered, sinks, kv, *scratch)
 
         @pl.when(n < count)
-        def _():
+        def scatter():
             for head in range(self.heads):
                 group, member = divmod(head, self.group)
                 part = pl.ds(member * QUERY_BLOCK, QUERY_BLOCK)
@@ -230,13 +230,13 @@ class _Attention:
         start, wait = (functools.partial(copies, act) for act in (lambda copy: copy.start(), lambda copy: copy.wait()))
 
         @pl.when((n == 0) & (count > 0))
-        def _():
+        def begin():
             sequence, length, first, _ = span(0)
             slot[0] = 0
             start(sequence, length, first, 0)
 
         @pl.when(n < count)
-        def _():
+        def run():
             if sinks is None:
                 top[...] = jnp.full(top.shape, _MASKED, jnp.float32)
                 total[...] = jnp.zeros(total.shape, jnp.float32)
@@ -248,11 +248,11 @@ class _Attention:
 
             def block(i, slot):
                 @pl.when(i + 1 < end)
-                def _():
+                def prefetch():
                     start(sequence, length, i + 1, 1 - slot)
 
                 @pl.when((i + 1 == end) & (n + 1 < count))
-                def _():
+                def prefetch_following():
                     following, its_length, its_first, _ = span(n + 1)
                     start(following, its_length, its_first, 1 - slot)
 
