@@ -1,6 +1,7 @@
 """Open requests, and what becomes of the tokens drawn for them: text, stop rules, the listener, the last account."""
 
 import collections
+import dataclasses
 import heapq
 import logging
 import time
@@ -157,7 +158,10 @@ class Answers:
             self._send(sequence.request, delta)
 
     def _send(self, request: Request, delta: Delta) -> None:
-        listener = request.listener
+        listener, scores = request.listener, request.scores
+        if scores is not None and delta.index == 0 and scores.complete:
+            request.scores = None  # the first piece carries them
+            delta = dataclasses.replace(delta, prompt_logprobs=scores.entries())
         if listener is None:
             return
         try:

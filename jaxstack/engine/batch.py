@@ -83,12 +83,14 @@ def choose(plan: StepPlan, shapes: Seq[BatchShape]) -> BatchShape:
 def pack(plan: StepPlan, shapes: Seq[BatchShape], *, page_size: int, num_pages: int) -> HostBatch:
     """Fills the array of the smallest shape that fits. Rows beyond the plan write to the scrap page, `num_pages`.
 
-    A token that the step in flight is still drawing is written as `-1 - slot`: the device knows it by then.
+    Pages that the prefix cache owns are never written: a position on one that is computed once more writes to the scrap
+    page. A token that the step in flight is still drawing is written as `-1 - slot`: the device knows it by then.
     """
     shape = choose(plan, shapes)
     ints = np.zeros(size(shape.int_fields), np.int32)
     f = cut(ints, shape.int_fields)
-    f["write_slots"][:] = num_pages * page_size
+    scrap = num_pages * page_size
+    f["write_slots"][:] = scrap
     f["num_decodes"][...] = plan.decodes
 
     at = 0
@@ -98,13 +100,16 @@ def pack(plan: StepPlan, shapes: Seq[BatchShape], *, page_size: int, num_pages: 
             known = row.start < len(sequence.tokens)
             f["tokens"][at] = sequence.tokens[row.start] if known else -1 - sequence.slot
             f["positions"][at] = row.start
-            f["write_slots"][at] = sequence.pages[row.start // page_size] * page_size + row.start % page_size
+            page, offset = divmod(row.start, page_size)
+            if page >= sequence.shared_pages:
+                f["write_slots"][at] = sequence.pages[page] * page_size + offset
         else:
             position = np.arange(row.start, end)
             f["tokens"][at : at + row.count] = sequence.tokens[row.start : end]
             f["positions"][at : at + row.count] = position
-            pages = np.asarray(sequence.pages, np.int64)[position // page_size]
-            f["write_slots"][at : at + row.count] = pages * page_size + position % page_size
+            place = position // page_size
+            slots = np.asarray(sequence.pages)[place] * page_size + position % page_size
+            f["write_slots"][at : at + row.count] = np.where(place >= sequence.shared_pages, slots, scrap)
         if sequence.request.adapter is not None:
             f["adapters"][at : at + row.count] = sequence.request.adapter.slot
         f["block_tables"][i, : len(sequence.pages)] = sequence.pages

@@ -27,6 +27,7 @@ from jaxstack.engine.answers import Answers
 from jaxstack.engine.config import EngineConfig, sizes
 from jaxstack.engine.listeners import Collector, Feed, wake_all
 from jaxstack.engine.pipeline import Pipeline
+from jaxstack.engine.prompt_scores import PromptScores
 from jaxstack.engine.request import Delta, Listener, Request, RequestOutput, RequestTiming, SamplingParams, Sequence
 from jaxstack.engine.runner import Runner
 from jaxstack.engine.scheduler import Scheduler
@@ -194,6 +195,7 @@ class Engine:
         tokens = self.check_prompt(prompt, sampling)
         _check_timeout(timeout_s)
         order, now = next(self._order), time.perf_counter()
+        wanted = sampling.prompt_logprobs
         held = None if adapter is None else self._adapters.acquire(adapter)
         request = Request(
             request_id=request_id or f"request-{order}",
@@ -210,6 +212,7 @@ class Engine:
             unfinished=sampling.choices,
             priority=priority,
             deadline_s=None if timeout_s is None else now + timeout_s,
+            scores=None if wanted is None else PromptScores(tuple(tokens), wanted),
         )
         self._post(lambda: self._enter(request))
         return request.request_id

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from jaxstack.engine.request import Completion, Delta, Request, RequestOutput
+from jaxstack.engine.request import Completion, Delta, Request, RequestOutput, TokenLogprob
 
 Touched = dict[asyncio.AbstractEventLoop, "list[Feed]"]
 
@@ -21,11 +21,14 @@ class Collector:
         self._open, self._prompt, self._cached, self._on_done = n, prompt, 0, on_done
         self._finished_s: float | None = None
         self._discarded = 0
+        self._prompt_logprobs: list[TokenLogprob | None] | None = None
 
     def __call__(self, delta: Delta) -> None:
         self._completions[delta.index].add(delta)
         self._cached = delta.cached_tokens
         self._discarded += delta.discarded_tokens
+        if delta.prompt_logprobs is not None:
+            self._prompt_logprobs = list(delta.prompt_logprobs)
         if delta.finish_reason is not None:
             self._open -= 1
             if self._open == 0:
@@ -45,6 +48,7 @@ class Collector:
             request.first_token_s,
             self._finished_s,
             self._discarded,
+            self._prompt_logprobs,
         )
 
 

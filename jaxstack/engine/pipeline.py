@@ -14,11 +14,14 @@ sequence that reaches `max_tokens` is known to end beforehand and has no such ro
 import collections
 import time
 
+import numpy as np
+
 from jaxstack.engine.answers import Answers
 from jaxstack.engine.batch import pack
 from jaxstack.engine.draws import pack_draws
+from jaxstack.engine.prompt_scores import PageScores, pack_targets
 from jaxstack.engine.runner import Runner, StepFuture
-from jaxstack.engine.scheduler import Scheduler
+from jaxstack.engine.scheduler import Scheduler, StepPlan
 
 
 class Pipeline:
@@ -54,6 +57,8 @@ class Pipeline:
         if plan.rows:
             batch = pack(plan, self.runner.shapes, page_size=self._page_size, num_pages=self.scheduler.pool.size)
             launched = self.runner.launch(batch)
+            if (targets := pack_targets(plan, batch.shape.rows)) is not None:
+                launched = self.runner.score(launched, targets)
             self.scheduler.launched(plan)
             self.settle()
             draws = pack_draws(plan, batch.shape.samples, scrap_slot=self.runner.scrap_slot)
@@ -81,11 +86,23 @@ class Pipeline:
         self.padding += shape.rows - plan.tokens
         self.iteration_tokens[plan.tokens] += 1
         self.scheduler.settled(plan)
+        if future.scores is not None:
+            self._take_scores(plan, PageScores(*map(np.asarray, future.scores)))
         for i, row in enumerate(plan.rows):
             if row.samples and row.sequence.finish_reason is None:
                 wanted = row.sequence.request.logprobs
                 logprobs = () if wanted is None or tokens[i] < 0 else (future.logprobs(i, wanted),)
                 self._answers.take(row.sequence, tokens[i], logprobs, now)
+
+    def _take_scores(self, plan: StepPlan, scores: PageScores) -> None:
+        at = 0
+        for row in plan.rows:
+            found = row.sequence.request.scores
+            if row.scores and row.sequence.finish_reason is None:
+                found.add(row.start + 1, PageScores(*(array[at : at + row.count] for array in scores)))
+                if found.complete:
+                    self.scheduler.keep_scores(row.sequence)
+            at += row.count
 
     def discard(self, scheduler: Scheduler) -> None:
         """Forgets the step in flight after a failure and goes on with `scheduler`."""

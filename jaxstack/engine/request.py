@@ -245,7 +245,8 @@ class Delta:
 
     `text` is safe to show: whole characters only, and never part of a stop string. `finish_reason` is None until the
     last piece. `discarded_tokens` were generated for choices that `best_of` did not keep; one piece of a request counts
-    them.
+    them. The first piece of choice 0 carries `prompt_logprobs`, one entry a prompt token and None for the first, if
+    they were asked for.
     """
 
     index: int
@@ -257,6 +258,7 @@ class Delta:
     prompt_tokens: int
     cached_tokens: int
     discarded_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
 
 @dataclasses.dataclass
@@ -283,7 +285,8 @@ class Completion:
 class RequestOutput:
     """All choices of one request. Times are seconds of `time.perf_counter`.
 
-    `discarded_tokens` were generated for choices that `best_of` did not keep.
+    `discarded_tokens` were generated for choices that `best_of` did not keep. `prompt_logprobs` has an entry for each
+    prompt token, None for the first.
     """
 
     request_id: str
@@ -294,6 +297,7 @@ class RequestOutput:
     first_token_s: float | None = None
     finished_s: float | None = None
     discarded_tokens: int = 0
+    prompt_logprobs: list[TokenLogprob | None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,7 +325,8 @@ class Request:
     """One prompt with its parameters, as the scheduling policy sees it.
 
     `namespace` keeps prefix caches apart. Lower `priority` goes first. At `deadline_s` (of `time.perf_counter`) it ends
-    with what it has. `unfinished` choices of it are still generated.
+    with what it has. `unfinished` choices of it are still generated. `scores` gathers the logprobs of the prompt's own
+    tokens where they are wanted; choice 0 computes them.
     """
 
     request_id: str
@@ -342,6 +347,7 @@ class Request:
     unfinished: int = 0
     priority: int = 0
     deadline_s: float | None = None
+    scores: Any = None
 
     @property
     def choices(self) -> int:
@@ -420,6 +426,12 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens whose keys and values are still to be computed; 1 means a decode step."""
         return self.length - self.computed
+
+    @property
+    def scoring(self) -> bool:
+        """Whether its steps are to score the prompt's own tokens."""
+        scores = self.request.scores
+        return scores is not None and self.index == 0 and not scores.complete
 
     @property
     def complete(self) -> bool:

@@ -20,14 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 from tqdm import tqdm
 
 from jaxstack.engine.batch import BatchShape, HostBatch, cut, size
 from jaxstack.engine.draws import HostDraws, float_fields, int_fields, pack_draws
-from jaxstack.engine.request import TokenLogprob
+from jaxstack.engine.request import MAX_LOGPROBS, TokenLogprob
 from jaxstack.engine.sampling import RowParams, Sampled, sample
 from jaxstack.engine.scheduler import StepPlan
+from jaxstack.engine.scoring import Scores, score
 from jaxstack.models.adapter_slots import slot_contents, slot_sites, write_slot
 from jaxstack.models.decoder import Decoder
 from jaxstack.models.linear import AdapterFactors, AdapterStack
@@ -39,10 +40,12 @@ from kernels.paged_attention import paged_attention, ragged
 
 @dataclasses.dataclass(frozen=True)
 class Launched:
-    """A forward pass that the device has been given."""
+    """A forward pass that the device has been given. `hidden` is that of every token row, None in a decode step."""
 
     batch: HostBatch
     logits: Float[Array, "samples vocab"]
+    hidden: Float[Array, "rows D"] | None = None
+    scores: Scores | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,7 @@ class StepFuture:
 
     batch: HostBatch
     sampled: Sampled
+    scores: Scores | None = None
 
     def tokens(self) -> list[int]:
         """One token per sequence row; -1 where the logits were not finite. Only rows that sample count."""
@@ -106,6 +110,7 @@ class Runner:
         self._last_token = jnp.zeros(slots + 1, jnp.int32)
         self._steps: dict[BatchShape, Callable] = {}
         self._samplers: dict[int, Callable] = {}
+        self._scorers: dict[BatchShape, Callable] = {}
         self._counter = CompileCounter()
 
     @property
@@ -144,7 +149,10 @@ class Runner:
             ints = np.zeros(size(shape.int_fields), np.int32)
             cut(ints, shape.int_fields)["write_slots"][:] = (self._cache_shape[1] - 1) * self.page_size
             step = self.compile(shape)
-            self._cache, logits = step(self._weights, self._cache, ints, self._last_token)
+            self._cache, logits, hidden = step(self._weights, self._cache, ints, self._last_token)
+            if hidden is not None:
+                self._scorers[shape] = self.compile_scorer(shape)
+                self._scorers[shape](self._weights, hidden, np.full(shape.rows, -1, np.int32))
             rows = shape.samples
             if rows not in self._samplers:
                 self._samplers[rows] = self.compile_sampler(rows, logits)
@@ -156,7 +164,7 @@ class Runner:
 
     def compile(self, shape: BatchShape):
         """The compiled forward pass of one shape (`jax.stages.Compiled`): weights, cache, ints, last tokens -> cache,
-        logits.
+        logits, and hidden states unless every row has logits.
         """
         ints = jax.ShapeDtypeStruct((size(shape.int_fields),), jnp.int32)
 
@@ -164,6 +172,18 @@ class Runner:
             return self._step(shape, weights, cache, ints, last_token)
 
         return jax.jit(step, donate_argnums=(1,)).lower(self._weights, self._cache, ints, self._last_token).compile()
+
+    def compile_scorer(self, shape: BatchShape):
+        """The compiled scorer of prompt tokens: weights, hidden states, targets -> `Scores`."""
+        alternatives = min(MAX_LOGPROBS, self.config.vocab_size)
+
+        def scorer(weights, hidden, targets):
+            decoder = nnx.merge(self._graph, weights)
+            return score(lambda rows: self._logits(decoder, rows), hidden, targets, alternatives)
+
+        hidden = jax.ShapeDtypeStruct((shape.rows, self.config.hidden_size), self.dtype)
+        targets = jax.ShapeDtypeStruct((shape.rows,), jnp.int32)
+        return jax.jit(scorer).lower(self._weights, hidden, targets).compile()
 
     def compile_sampler(self, rows: int, logits: Float[Array, "rows vocab"]):
         """The compiled sampler: logits, ints, floats, last tokens -> `Sampled`, last tokens."""
@@ -182,14 +202,19 @@ class Runner:
 
     def launch(self, batch: HostBatch) -> Launched:
         """Starts the forward pass of a step and returns at once."""
-        self._cache, logits = self._steps[batch.shape](self._weights, self._cache, batch.ints, self._last_token)
-        return Launched(batch, logits)
+        self._cache, logits, hidden = self._steps[batch.shape](self._weights, self._cache, batch.ints, self._last_token)
+        return Launched(batch, logits, hidden)
+
+    def score(self, launched: Launched, targets: Int32[np.ndarray, " rows"]) -> Launched:
+        """Starts to score `targets` (-1 for none), one for each token row of a step that is no decode step."""
+        scores = self._scorers[launched.batch.shape](self._weights, launched.hidden, targets)
+        return dataclasses.replace(launched, scores=scores)
 
     def draw(self, launched: Launched, draws: HostDraws) -> StepFuture:
         """Starts the sampler of a launched step and returns at once. Comes before the next `launch`."""
         sampled = self._draw(launched.batch.shape.samples, launched.logits, draws)
         sampled.token.copy_to_host_async()
-        return StepFuture(launched.batch, sampled)
+        return StepFuture(launched.batch, sampled, launched.scores)
 
     def _draw(self, rows: int, logits, draws: HostDraws) -> Sampled:
         sampled, self._last_token = self._samplers[rows](logits, draws.ints, draws.floats, self._last_token)
@@ -240,7 +265,13 @@ class Runner:
             tokens, f["positions"], attend, cache, adapter_ids=f["adapters"], compute_dtype=self.dtype
         )
         last = jnp.maximum(f["query_starts"][1:] - 1, 0)
-        logits = decoder.logits(hidden if shape.decode else hidden[last])
+        logits = self._logits(decoder, hidden if shape.decode else hidden[last])
+        logits = jnp.pad(logits, ((0, shape.samples - shape.sequences), (0, 0)))
+        return cache, logits, None if shape.decode else hidden
+
+    def _logits(self, decoder: Decoder, hidden: Float[Array, "rows D"]) -> Float[Array, "rows vocab"]:
+        """float32, -inf for ids that no token has."""
+        logits = decoder.logits(hidden)
         if logits.shape[-1] > self._vocab_size:
             logits = jnp.where(jnp.arange(logits.shape[-1]) < self._vocab_size, logits, -jnp.inf)
-        return cache, jnp.pad(logits, ((0, shape.samples - shape.sequences), (0, 0)))
+        return logits

@@ -23,12 +23,15 @@ from jaxstack.engine.scheduling import Policy
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Tokens `[start, start + count)` of a sequence. `samples`: they reach its end, so a new token is drawn."""
+    """Tokens `[start, start + count)` of a sequence. `samples`: they reach its end, so a new token is drawn. `scores`:
+    the logprobs of the prompt tokens behind each of them are wanted.
+    """
 
     sequence: Sequence
     start: int
     count: int
     samples: bool
+    scores: bool = False
 
 
 @dataclasses.dataclass
@@ -167,6 +170,11 @@ class Scheduler:
         while self._retired and self._retired[0][0] <= self._steps_settled:
             self.pool.release(self._retired.popleft()[1])
 
+    def keep_scores(self, sequence: Sequence) -> None:
+        """Leaves the scores of a prompt that is computed with its pages in the prefix cache."""
+        if sequence.node is not None:
+            self.tree.annotate(sequence.node, sequence.request.scores.pages(self.page_size))
+
     def finish(self, sequence: Sequence) -> None:
         """Takes `sequence`, whose `finish_reason` is set, out. Its pages are freed when no launched step writes them
         any more, the whole ones into the prefix cache unless it ended in an error.
@@ -224,7 +232,8 @@ class Scheduler:
         count = min(sequence.remaining, budget)
         if count <= 0 or sequence.slot < 0 or not self._reserve(sequence, sequence.computed + count, rows):
             return 0
-        rows[sequence] = Row(sequence, sequence.computed, count, count == sequence.remaining)
+        scores = sequence.scoring and sequence.computed + 1 < len(sequence.request.prompt)
+        rows[sequence] = Row(sequence, sequence.computed, count, count == sequence.remaining, scores)
         return count
 
     def _admit(self, budget: int, rows: dict[Sequence, Row]) -> None:
@@ -235,9 +244,14 @@ class Scheduler:
             assert isinstance(sequence, Sequence)
             namespace = self._namespace(sequence)
             keys = self._keys(sequence, self._sharable(sequence)) if self._shares(sequence) else []
-            if keys and self._prefix_in_flight(sequence, keys):
+            if keys and not sequence.scoring and self._prefix_in_flight(sequence, keys):
                 continue
             match = self.tree.match(keys, namespace)
+            if sequence.scoring:  # only what its scores are known for is of use
+                notes = self.tree.notes(match)
+                match = self.tree.match(
+                    keys[: max(len(notes), sequence.request.scores.known // self.page_size)], namespace
+                )
             self.tree.lock(match.node)
             needed = self._pages_for(len(sequence.tokens)) - len(match.pages)
             watermark = (len(self.running) + self.pool.size // 100) if self.running else 0
@@ -251,6 +265,10 @@ class Scheduler:
             sequence.shared_pages = len(match.pages)
             sequence.computed = len(match.pages) * self.page_size
             request = sequence.request
+            if sequence.scoring and match.pages:
+                for i, page in enumerate(notes[: len(match.pages)]):
+                    request.scores.add(i * self.page_size, page)
+                sequence.computed -= 1  # the last cached position scores the first token behind it
             if request.cached_tokens is None:
                 request.cached_tokens = sequence.computed
                 self.counters.prefix_queries += len(request.prompt)

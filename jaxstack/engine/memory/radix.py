@@ -10,6 +10,7 @@ import dataclasses
 import heapq
 import itertools
 from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
 
 from jaxstack.engine.memory.pages import Owner, PagePool
 
@@ -18,10 +19,14 @@ PageKey = tuple[int, ...]
 
 @dataclasses.dataclass(eq=False)
 class Node:
-    """A run of pages. `keys[i]` are the tokens in page `pages[i]`; the root of a namespace has none."""
+    """A run of pages. `keys[i]` are the tokens in page `pages[i]`; the root of a namespace has none.
+
+    `notes[i]` is whatever else is known of that page (the scores of its tokens), None for nothing.
+    """
 
     keys: list[PageKey]
     pages: list[int]
+    notes: list[Any]
     parent: "Node | None"
     children: "dict[PageKey, Node]" = dataclasses.field(default_factory=dict)
     lock: int = 0
@@ -83,6 +88,29 @@ class RadixTree:
             node = child
         return Match(node, pages)
 
+    def notes(self, match: Match) -> list[Any]:
+        """The notes on a match's pages, up to the first page without one."""
+        path: list[Node] = []
+        walk: Node | None = match.node
+        while walk is not None:
+            path.append(walk)
+            walk = walk.parent
+        every = [note for node in reversed(path) for note in node.notes]
+        return every[: every.index(None)] if None in every else every
+
+    def annotate(self, node: Node, notes: Sequence[Any]) -> None:
+        """Puts `notes` on the first pages of the path from the root to `node`."""
+        path: list[Node] = []
+        walk: Node | None = node
+        while walk is not None:
+            path.append(walk)
+            walk = walk.parent
+        done = 0
+        for run in reversed(path):
+            part = list(notes[done : done + len(run.pages)])
+            run.notes[: len(part)] = part
+            done += len(part)
+
     def insert(self, keys: Sequence[PageKey], pages: Sequence[int], namespace: Hashable = None) -> Match:
         """Makes `keys` a cached prefix. `pages[i]` holds the keys and values of `keys[i]`.
 
@@ -96,7 +124,7 @@ class RadixTree:
             return found
         fresh = list(pages[have : len(keys)])
         self._pool.give_to_tree(fresh)
-        leaf = Node(list(keys[have:]), fresh, found.node, last_use=next(self._clock))
+        leaf = Node(list(keys[have:]), fresh, [None] * len(fresh), found.node, last_use=next(self._clock))
         found.node.children[keys[have]] = leaf
         self.evictable += len(fresh)
         self._offer(leaf)
@@ -138,7 +166,7 @@ class RadixTree:
             self.evictable -= take
             freed += take
             first = node.keys[0]
-            del node.pages[-take:], node.keys[-take:]
+            del node.pages[-take:], node.keys[-take:], node.notes[-take:]
             if node.pages:
                 self._offer(node)
             else:
@@ -165,7 +193,7 @@ class RadixTree:
                 self._pool.release(node.pages, Owner.TREE)
                 freed += len(node.pages)
                 del node.parent.children[node.keys[0]]
-                node.parent, node.pages, node.keys = None, [], []
+                node.parent, node.pages, node.keys, node.notes = None, [], [], []
         self.evictable -= freed
         if not root.children and not root.lock:
             del self._roots[namespace]
@@ -183,16 +211,16 @@ class RadixTree:
     def _root(self, namespace: Hashable) -> Node:
         root = self._roots.get(namespace)
         if root is None:
-            root = self._roots[namespace] = Node([], [], None)
+            root = self._roots[namespace] = Node([], [], [], None)
         return root
 
     def _split(self, node: Node, at: int) -> Node:
         """Cuts `node` after `at` pages. The lower part stays the same object: handles to it keep their meaning."""
         parent = node.parent
         assert parent is not None
-        upper = Node(node.keys[:at], node.pages[:at], parent, lock=node.lock, last_use=node.last_use)
+        upper = Node(node.keys[:at], node.pages[:at], node.notes[:at], parent, lock=node.lock, last_use=node.last_use)
         parent.children[upper.keys[0]] = upper
-        node.keys, node.pages, node.parent = node.keys[at:], node.pages[at:], upper
+        node.keys, node.pages, node.notes, node.parent = node.keys[at:], node.pages[at:], node.notes[at:], upper
         upper.children[node.keys[0]] = node
         return upper
 
