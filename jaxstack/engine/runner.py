@@ -178,7 +178,7 @@ class Runner:
         alternatives = min(MAX_LOGPROBS, self.config.vocab_size)
 
         def scorer(weights, hidden, targets):
-            decoder = nnx.merge(self._graph, weights)
+            decoder = nnx.merge(self._graph, *weights)
             return score(lambda rows: self._logits(decoder, rows), hidden, targets, alternatives)
 
         hidden = jax.ShapeDtypeStruct((shape.rows, self.config.hidden_size), self.dtype)
