@@ -4,14 +4,16 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PEERS := .venv-peers
+LLAMA_CPP := .venv-llama-cpp
 
-.PHONY: help venv demo test browser lint serve peers clean
+.PHONY: help venv demo test browser lint serve peers peer-llama-cpp clean
 
 help:
 	@echo "make demo    set up, serve the embedded model, let it solve held-out problems"
 	@echo "make serve   serve the embedded model on 127.0.0.1:8000 (MODEL=FOLDER for another)"
 	@echo "make test    the test suite        make lint   style, floors, types"
 	@echo "make peers   a second environment with what the benchmarks compare against"
+	@echo "make peer-llama-cpp   one more, with llama.cpp, compiled here (many minutes)"
 	@echo "make clean   remove environments, caches and work directories"
 
 venv: $(STAMP)
@@ -38,7 +40,7 @@ test: venv browser
 
 # The server's page is tested in a real browser. Where there is none and none can be installed, those tests are skipped and say so.
 browser:
-	@command -v chromium chromium-browser google-chrome >/dev/null || { \
+	@{ command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null || { \
 		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "installing chromium for the tests of the page" && \
 		apt-get update -qq >/dev/null && apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
 	} || echo "no chromium: the tests of the page will be skipped"
@@ -57,6 +59,14 @@ $(PEERS)/.installed: constraints-peers.txt
 	$(PEERS)/bin/python -m pip install --disable-pip-version-check -r constraints-peers.txt
 	@touch $@
 
+peer-llama-cpp: $(LLAMA_CPP)/.installed
+
+# Compiles llama.cpp from its source package: many minutes.
+$(LLAMA_CPP)/.installed: constraints-peer-llama-cpp.txt
+	@test -x $(LLAMA_CPP)/bin/python || $(PYTHON) -m venv $(LLAMA_CPP)
+	$(LLAMA_CPP)/bin/python -m pip install --disable-pip-version-check -r constraints-peer-llama-cpp.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(PEERS) build dist *.egg-info work .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(LLAMA_CPP) build dist *.egg-info work .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

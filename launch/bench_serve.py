@@ -1,24 +1,25 @@
-"""How fast the engine answers many requests, beside Hugging Face transformers on the same machine.
+"""How fast the engine answers many requests, beside Hugging Face transformers or llama.cpp on the same machine.
 
-    python -m launch.bench_serve                                    # a quarter of Qwen2.5-0.5B, at most ten minutes on
-    two cores python -m launch.bench_serve --layers=24 --vocab_size=151936    # all of it
-    python -m launch.bench_serve --shared_prefix=0.75               # 512-token prompts of which 384 tokens are the same
+    python -m launch.bench_serve                          # a quarter of Qwen2.5-0.5B, at most ten minutes on two cores
+    python -m launch.bench_serve --layers=24 --vocab_size=151936      # all of it
+    python -m launch.bench_serve --shared_prefix=0.75     # 512-token prompts of which 384 tokens are the same
+    python -m launch.bench_serve --dtype=bfloat16         # both sides in bfloat16
+    python -m launch.bench_serve --peer=llama_cpp         # many requests at once, and one alone
 
-Both sides open the same folder of random float32 weights and answer the same requests, all handed in at once: prompts
-of 32 to 256
-tokens, 16 to 96 tokens each, greedy, the end token ignored. The peer runs in its own environment (`make peers`), in a
-process of its
-own, in every mode it has: `generate` in left-padded batches of 8, 16 and 32 sorted by length, and continuous batching
-(`generate_batch`) with several settings. What is best in a first trial is measured in the rounds that count, where all
-sides take
+Both sides open the same folder of random weights and answer the same requests, all handed in at once: prompts of 32 to
+256 tokens, 16 to 96 tokens each, greedy, the end token ignored. The peer runs in its own environment (`make peers`,
+`make peer-llama-cpp`), in a process of its own, in every mode it has: of transformers `generate` in left-padded batches
+of 8, 16 and 32 sorted by length, and continuous batching (`generate_batch`) with several settings; of llama.cpp one
+shared batch of all sequences. What is best in a first trial is measured in the rounds that count, where all sides take
 turns, the order turned around each time. Model loading, compilation, warm-up and the starting of threads are outside
 the clock. Ours is measured through HTTP with the openai client (client and server in our process, their CPU time is
 counted as ours) and by `Engine.generate`.
 
-speedup_vs_X is the median over the rounds of X's seconds over ours through HTTP; X is the peer's best mode for
-`transformers`. matmul_share is our CPU seconds over those of the bare matrix products of the same steps (see
-serve_benchmark/matmul_limit.py); 1 is the roof. `conclusive` is false where other programs used more than 0.3 cores;
-then the ratios of wall times say nothing.
+speedup_vs_X is the median over the rounds of X's seconds over ours through HTTP; X is the peer's best mode for the
+peer's own name. matmul_share is our CPU seconds over those of the bare matrix products of the same steps (see
+serve_benchmark/matmul_limit.py); 1 is the roof. `engine_ms_per_step` is what planning, packing and handing out tokens
+cost, `http_cpu_ms_per_step` the CPU time of client and server over that of `Engine.generate`. `conclusive` is false
+where other programs used more than 0.3 cores; then the ratios of wall times say nothing.
 """
 
 import contextlib
@@ -38,17 +39,18 @@ from absl import flags, logging
 from jaxstack.engine import EngineConfig
 from jaxstack.runtime.errors import UserError
 from launch import job
-from launch.peers import PeerProcess, find_interpreter
-from launch.peers.process import DEFAULT_INTERPRETER
+from launch.peers import find_interpreter
 from launch.serve_benchmark import matmul_limit, report
-from launch.serve_benchmark.agreement import Agreement, MarginAt, PlainForward, compare
+from launch.serve_benchmark.agreement import NEAR_TIE, Agreement, MarginAt, PlainForward, compare
 from launch.serve_benchmark.contest import Contest, PeerMode, Progress, Run, fastest
 from launch.serve_benchmark.machine import FOREIGN_LIMIT, describe, foreign_now, load1
+from launch.serve_benchmark.opponents import OPPONENTS, Opponent
 from launch.serve_benchmark.ours import Ours, model_config, model_folder, scale_of
 from launch.serve_benchmark.workload import Workload
 
-_PEER = flags.DEFINE_enum("peer", "transformers", ["transformers"], "whom to compare with")
-_PEER_PYTHON = flags.DEFINE_string("peer_python", DEFAULT_INTERPRETER, "interpreter of the peers' environment")
+_PEER = flags.DEFINE_enum("peer", "transformers", sorted(OPPONENTS), "whom to compare with")
+_PEER_PYTHON = flags.DEFINE_string("peer_python", None, "interpreter of the peer's environment")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of weights and activations, on both sides")
 _LAYERS = flags.DEFINE_integer("layers", 6, "layers of the model; Qwen2.5-0.5B has 24", lower_bound=1)
 _VOCAB_SIZE = flags.DEFINE_integer(
     "vocab_size", 37_984, "size of the vocabulary; Qwen2.5-0.5B has 151936", lower_bound=2
@@ -58,74 +60,16 @@ _SHARED_PREFIX = flags.DEFINE_float(
     "shared_prefix", 0.0, "share of every prompt, of 512 tokens then, that all have in common"
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "rounds that count", lower_bound=1)
+_ALONE = flags.DEFINE_boolean(
+    "alone", None, "also measure one request alone; by default with --peer=llama_cpp and more than one request"
+)
 _MAX_BATCH_TOKENS = flags.DEFINE_integer("max_batch_tokens", 512, "our engine's tokens per step", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "of weights, lengths and token ids", lower_bound=0)
 _WORKDIR = flags.DEFINE_string(
     "workdir", "work/bench_serve", "where the model, summary.json, bench_serve.png and logs go"
 )
 
-_PROGRAM = Path(__file__).parent / "peers" / "transformers_serve.py"
 _SHARED_PROMPT = (512, 512)
-_THREADS = 2
-_PEER_PAGE = 32
-
-
-def peer_modes(workload: Workload) -> list[PeerMode]:
-    """What is tried of transformers: the sizes and orders of static batches, and the settings of continuous batching.
-
-    Sizes that it would guess for a GPU are given. Of what cannot win the shared-prefix workload (static batches compute
-    every prompt whole) only the likeliest is tried there. `grouped` is an option of its `sdpa` attention. Left out:
-    `eager` attention (1.5 times as long as the best) and batches of 16 sorted by prompt length (1.1 times as long as by
-    output length).
-    """
-    whole, sharing = workload.requests, bool(workload.shared_prefix)
-    static = [(batch, order, True) for batch, order in ((8, "output"), (16, "output")) if batch < whole]
-    static = ([] if sharing else static) + [(whole, "given", True), (whole, "given", False)]
-    modes = [
-        PeerMode(
-            "generate",
-            f"batches of {batch}"
-            + (f", longest {order} first" if batch < whole else "")
-            + (", grouped" if grouped else ""),
-            {"batch": batch, "order": order, "grouped": grouped},
-        )
-        for batch, order, grouped in static
-    ]
-    base = {
-        "order": "output",
-        "page_size": _PEER_PAGE,
-        "num_blocks": whole * -(-workload.window // _PEER_PAGE + 1),
-        "max_requests_per_batch": whole,
-        "allow_block_sharing": sharing,
-    }
-    paged: list[tuple[str, dict[str, Any]]] = [
-        ("sdpa grouped, 512 tokens a step", {"attention": "sdpa", "grouped": True, "max_batch_tokens": 512}),
-        ("sdpa grouped, 1024 tokens a step", {"attention": "sdpa", "grouped": True, "max_batch_tokens": 1024}),
-        ("sdpa, 512 tokens a step", {"attention": "sdpa", "max_batch_tokens": 512}),
-    ]
-    if whole > 16:
-        half = {"attention": "sdpa", "grouped": True, "max_batch_tokens": 512, "max_requests_per_batch": whole // 2}
-        paged.append((f"sdpa grouped, 512 tokens a step, {whole // 2} requests at once", half))
-    return modes + [PeerMode("generate_batch", title, {**base, **settings}) for title, settings in paged]
-
-
-def open_peer(interpreter: Path, folder: Path, workdir: Path, about: dict[str, Any], policy: str) -> PeerProcess:
-    """Starts the peer with OMP_WAIT_POLICY=`policy`, loads the model, finds the best number of threads."""
-    peer = PeerProcess(
-        [interpreter, _PROGRAM],
-        log_file=workdir / f"peer-{policy.lower()}.log",
-        environment={"OMP_WAIT_POLICY": policy, "OMP_NUM_THREADS": str(_THREADS), "TOKENIZERS_PARALLELISM": "false"},
-        name="transformers",
-    )
-    try:
-        loaded = peer.ask("load", folder=str(folder.resolve()), threads=_THREADS)
-        threads = peer.ask("choose_threads", candidates=[_THREADS, 1])
-    except BaseException:
-        peer.close()
-        raise
-    about["versions"] = loaded["versions"]
-    about.setdefault("threads", {})[policy] = threads["threads"]
-    return peer
 
 
 def trials(
@@ -144,7 +88,7 @@ def agreement_of(
     workload: Workload, rounds: Sequence[report.Round], kinds: Sequence[str], margin_at: MarginAt
 ) -> Agreement:
     """Our answers over HTTP against those of every peer mode, in all rounds."""
-    found = Agreement()
+    found = Agreement(near_tie=NEAR_TIE[_DTYPE.value])
     for r in rounds:
         requests, mine = workload.draw(r["http"].variant), r["http"].measured.tokens
         for kind in kinds:
@@ -154,74 +98,109 @@ def agreement_of(
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class _Outcome:
+    """A workload's rounds, the peer's best mode of each kind, and every trial."""
+
+    workload: Workload
+    rounds: list[report.Round]
+    best: dict[str, PeerMode]
+    tried: list[tuple[PeerMode, Run]]
+
+
+def contend(contest: Contest, opponent: Opponent, workload: Workload, progress: Progress, *, quiet: bool) -> _Outcome:
+    """Trials, then rounds, of one workload."""
+    for i, name in enumerate(contest.ours):
+        contest.run_ours(name, i)
+    tried = trials(contest, opponent.modes(workload), quiet=quiet, progress=progress)
+    best = fastest(tried, quiet=quiet)
+    if not best:
+        raise UserError(f"{opponent.name}: found no mode that works, see {_WORKDIR.value}/{opponent.name}-passive.log")
+    contest.keep({mode.wait_policy for mode in best.values()})
+    rounds = contest.rounds(_ROUNDS.value, list(best.values()), first_variant=len(contest.ours))
+    return _Outcome(workload, rounds, best, tried)
+
+
 def run() -> dict[str, Any]:
     began = time.perf_counter()
     logging.set_verbosity(logging.WARNING)  # no line for every HTTP request
-    interpreter = find_interpreter(_PEER_PYTHON.value)
+    opponent = OPPONENTS[_PEER.value]
+    interpreter = find_interpreter(_PEER_PYTHON.value or opponent.interpreter, opponent.make_target)
     workdir = Path(_WORKDIR.value)
     config = model_config(_LAYERS.value, _VOCAB_SIZE.value)
-    workload = Workload(
+    many = Workload(
         requests=_REQUESTS.value,
         prompt_tokens=_SHARED_PROMPT if _SHARED_PREFIX.value else Workload.prompt_tokens,
         vocab_size=config.vocab_size,
         shared_prefix=_SHARED_PREFIX.value,
         seed=_SEED.value,
     )
+    workloads = [many]
+    with_alone = opponent.name == "llama_cpp" if _ALONE.value is None else _ALONE.value
+    if with_alone and many.requests > 1:
+        workloads.append(dataclasses.replace(many, requests=1))
     load_before, foreign_before = load1(), foreign_now(2.0)
-    modes = peer_modes(workload)
-    progress = Progress(1 + 2 + len(modes) + 2 + 4 * _ROUNDS.value + 1)
+    quiet = foreign_before <= FOREIGN_LIMIT
+    kinds = [len({mode.kind for mode in opponent.modes(w)}) for w in workloads]
+    runs = sum(2 + len(opponent.modes(w)) + n + (2 + n) * _ROUNDS.value for w, n in zip(workloads, kinds))
+    progress = Progress(1 + runs + 1)
     progress.done(f"{scale_of(config)}; other programs use {foreign_before:.1f} cores", 0)
 
-    folder = model_folder(workdir, config, workload.seed)
+    folder = model_folder(workdir, config, many.seed)
     engine_config = EngineConfig(
-        max_sequences=workload.requests,
+        max_sequences=many.requests,
         max_batch_tokens=_MAX_BATCH_TOKENS.value,
-        max_model_len=workload.window,
-        dtype="float32",
+        max_model_len=many.window,
+        dtype="bfloat16" if _DTYPE.value == "bfloat16" else "float32",
     )
     peer: dict[str, Any] = {}
+    outcomes: list[_Outcome] = []
     with contextlib.ExitStack() as stack:
-        ours = stack.enter_context(contextlib.closing(Ours(folder, workload, engine_config)))
+        ours = stack.enter_context(contextlib.closing(Ours(folder, many, engine_config)))
         progress.done(f"our engine is warm after {ours.warm_up_s:.0f} s")
-        contest = Contest(
-            {"http": ours.over_http, "in_process": ours.in_process},
-            partial(open_peer, interpreter, folder, workdir, peer),
-            workload,
-            progress,
-        )
-        stack.enter_context(contextlib.closing(contest))
-        for i, name in enumerate(contest.ours):
-            contest.run_ours(name, i)
-        quiet = foreign_before <= FOREIGN_LIMIT
-        tried = trials(contest, modes, quiet=quiet, progress=progress)
-        best = fastest(tried, quiet=quiet)
-        if not best:
-            raise UserError(f"transformers: found no mode that works, see {workdir}/peer-passive.log")
-        contest.keep({mode.wait_policy for mode in best.values()})
-        rounds = contest.rounds(_ROUNDS.value, list(best.values()), first_variant=len(contest.ours))
+        open_peer = partial(opponent.open, interpreter, folder, workdir, peer, _DTYPE.value)
+        for workload in workloads:
+            contest = Contest({"http": ours.over_http, "in_process": ours.in_process}, open_peer, workload, progress)
+            with contextlib.closing(contest):
+                outcomes.append(contend(contest, opponent, workload, progress, quiet=quiet))
         # Before anything else is compiled in this process: the counter is the process's own.
         stats = ours.engine.stats()
-    limit = matmul_limit.measure(config, _MAX_BATCH_TOKENS.value)
+    limit = matmul_limit.measure(config, _MAX_BATCH_TOKENS.value, dtype=_DTYPE.value)
     progress.done("matrix products alone measured")
 
-    agreement = agreement_of(workload, rounds, list(best), PlainForward(folder, workload.window))
+    plain = PlainForward(folder, many.window)
+    first = outcomes[0]
+    agreement = agreement_of(many, first.rounds, list(first.best), plain)
     summary = {
         "benchmark": "bench_serve",
-        "peer": _PEER.value,
-        **report.figures(rounds, list(contest.ours), best, limit, agreement, foreign_before),
-        **({"speedup_shared_prefix": report.speedup_over_best(rounds, "http", best)} if workload.shared_prefix else {}),
+        "peer": opponent.name,
+        **report.figures(opponent.name, first.rounds, first.best, limit, agreement, foreign_before),
+        **(
+            {"speedup_shared_prefix": report.speedup_over_best(first.rounds, "http", first.best)}
+            if many.shared_prefix
+            else {}
+        ),
+        **{f"alone_{name}": value for o in outcomes[1:] for name, value in _alone(o, limit, plain).items()},
+        **report.overhead(first.rounds, stats),
         "recompilations": stats.recompilations,
         "padding_ratio": round(stats.step_padding / (stats.step_padding + stats.step_rows), 4),
-        "dtype": "float32",
+        "dtype": _DTYPE.value,
         **describe(),
         "load1_before": round(load_before, 2),
         "load1": round(load1(), 2),
         "scale": scale_of(config),
-        "workload": dataclasses.asdict(workload)
-        | {"prompts": workload.draw(0).prompt_tokens, "outputs": workload.draw(0).output_tokens},
-        "rounds": len(rounds),
+        "workload": dataclasses.asdict(many)
+        | {"prompts": many.draw(0).prompt_tokens, "outputs": many.draw(0).output_tokens},
+        "rounds": len(first.rounds),
         "trials": [
-            {"mode": mode.label, "wall_s": round(r.wall_s, 2), "cpu_s": round(r.measured.cpu_s, 2)} for mode, r in tried
+            {
+                "requests": o.workload.requests,
+                "mode": mode.label,
+                "wall_s": round(r.wall_s, 2),
+                "cpu_s": round(r.measured.cpu_s, 2),
+            }
+            for o in outcomes
+            for mode, r in o.tried
         ],
         "peer_threads": peer["threads"],
         "versions": peer["versions"] | {"jax": jax.__version__, "flax": flax.__version__},
@@ -233,6 +212,17 @@ def run() -> dict[str, Any]:
     report.plot(summary["contestants"], report.title(summary), workdir / "bench_serve.png")
     print(report.text(summary), file=sys.stderr)
     return summary
+
+
+def _alone(outcome: _Outcome, limit: matmul_limit.MatmulTimes, plain: PlainForward) -> dict[str, Any]:
+    """The figures of the request that had the machine to itself."""
+    agreement = agreement_of(outcome.workload, outcome.rounds, list(outcome.best), plain)
+    return {
+        **report.speedups(_PEER.value, outcome.rounds, outcome.best),
+        **report.our_figures(outcome.rounds, limit),
+        "tokens_agree": agreement.tokens_agree,
+        "contestants": report.contestants(outcome.rounds, outcome.best),
+    }
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ DEFAULT_INTERPRETER = ".venv-peers/bin/python"
 _EXIT_S = 3.0
 
 
-def find_interpreter(path: str | Path = DEFAULT_INTERPRETER) -> Path:
-    """The peers' Python.
+def find_interpreter(path: str | Path = DEFAULT_INTERPRETER, target: str = "peers") -> Path:
+    """A peer's Python; `make TARGET` makes its environment.
 
     Raises:
       UserError: it is not there; the message says how to get it.
@@ -28,8 +28,8 @@ def find_interpreter(path: str | Path = DEFAULT_INTERPRETER) -> Path:
     found = Path(path)
     if not (found.is_file() and os.access(found, os.X_OK)):
         raise UserError(
-            f"peer_python: found no interpreter at {str(path)!r}, expected the peers' environment; "
-            f"`make peers` puts it into {Path(DEFAULT_INTERPRETER).parts[0]}"
+            f"peer_python: found no interpreter at {str(path)!r}, expected the peer's environment; "
+            f"`make {target}` makes it"
         )
     return found
 

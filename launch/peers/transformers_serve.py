@@ -37,11 +37,13 @@ def _in_order(order: str, prompts: list[list[int]], max_tokens: list[int]) -> li
 class Peer:
     """One model and the two ways transformers has of answering many requests. Times are seconds, measured here."""
 
-    def load(self, folder: str, threads: int) -> dict:
-        """Opens the folder in float32 with `sdpa` attention."""
+    def load(self, folder: str, threads: int, dtype: str = "float32") -> dict:
+        """Opens the folder in `dtype` with `sdpa` attention."""
         torch.set_num_threads(threads)
         began = time.perf_counter()
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+        )
         self.model.eval().requires_grad_(False)
         self.manager: Any = None
         self.settings: dict | None = None

@@ -13,8 +13,9 @@ from flax import nnx
 from jaxstack.models.attention import dense_attention
 from jaxstack.models.checkpoint import load_decoder
 
-# Two logits closer than this may change places between two correct float32 programs.
-NEAR_TIE = 1e-3
+# Two logits closer than this may change places between two correct programs, by the dtype of weights and activations:
+# bfloat16 keeps 8 bits, and the logits of these models are of order 1.
+NEAR_TIE = {"float32": 1e-3, "bfloat16": 0.1}
 
 MarginAt = Callable[[Sequence[int]], float]
 
@@ -38,17 +39,19 @@ class Agreement:
       counts_equal: every request got the number of tokens asked for, on both sides.
       compared, equal: requests compared, and those with the same tokens throughout.
       differences: one for each request that is not equal.
+      near_tie: margin below which a difference is rounding's.
     """
 
     counts_equal: bool = True
     compared: int = 0
     equal: int = 0
     differences: tuple[Difference, ...] = ()
+    near_tie: float = NEAR_TIE["float32"]
 
     @property
     def tokens_agree(self) -> bool:
         """Every difference is at a near-tie."""
-        return self.counts_equal and all(d.margin < NEAR_TIE for d in self.differences)
+        return self.counts_equal and all(d.margin < self.near_tie for d in self.differences)
 
     def __add__(self, other: "Agreement") -> "Agreement":
         return Agreement(
@@ -56,6 +59,7 @@ class Agreement:
             self.compared + other.compared,
             self.equal + other.equal,
             self.differences + other.differences,
+            self.near_tie,
         )
 
 

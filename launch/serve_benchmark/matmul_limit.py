@@ -49,11 +49,17 @@ def _interpolated(rows: int, known: Sequence[int], seconds: Sequence[float]) -> 
 
 
 def measure(
-    config: DecoderConfig, max_rows: int, *, seconds_each: float = 1.0, on_done: Callable[[], object] = lambda: None
+    config: DecoderConfig,
+    max_rows: int,
+    *,
+    dtype: str = "float32",
+    seconds_each: float = 1.0,
+    on_done: Callable[[], object] = lambda: None,
 ) -> MatmulTimes:
     """Times the products of a model of `config` at row counts up to `max_rows`.
 
     Args:
+      dtype: of weights and rows.
       seconds_each: how long to repeat each measurement; at least three times.
       on_done: called after each row count.
     """
@@ -63,7 +69,7 @@ def measure(
 
     def weights(shape: tuple[int, ...]) -> Weight:
         # Any normal numbers do: the time of a product does not depend on them. Packed exactly where the engine packs.
-        plain = jnp.full(shape, 1e-3, jnp.float32)
+        plain = jnp.full(shape, 1e-3, dtype)
         return matmul.pack(plain) if matmul.available() else plain
 
     stacks = [weights((config.num_layers, *shape)) for shape in shapes]
@@ -71,7 +77,7 @@ def measure(
     rows = (*(n for n in _ROWS if n < max_rows), max_rows)
     layers_s, head_s = [], []
     for n in rows:
-        x = tuple(jnp.ones((n, shape[0]), jnp.float32) for shape in shapes)
+        x = tuple(jnp.ones((n, shape[0]), dtype) for shape in shapes)
         layers_s.append(_cpu_seconds(_through_layers, (x, stacks), seconds_each))
         head_s.append(_cpu_seconds(matmul.matmul, (x[0], head), seconds_each / 3))
         on_done()

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxstack.engine import EngineStats
 from jaxstack.engine.request import RequestTiming
 from launch.serve_benchmark.agreement import Agreement
 from launch.serve_benchmark.contest import PeerMode, Run
@@ -15,6 +16,9 @@ from launch.serve_benchmark.machine import FOREIGN_LIMIT
 from launch.serve_benchmark.matmul_limit import MatmulTimes
 
 Round = dict[str, Run]
+
+OURS = ("http", "in_process")
+"""Our contestants; the first is the one that counts."""
 
 
 def speedup(rounds: Sequence[Round], ours: str, theirs: str, *, of: str = "wall_s") -> float:
@@ -56,32 +60,32 @@ def speedup_over_best(rounds: Sequence[Round], ours: str, modes: dict[str, PeerM
     return round(speedup(rounds, ours, best_peer(rounds, ours, modes)), 3)
 
 
-def speedups(rounds: Sequence[Round], ours: Sequence[str], modes: dict[str, PeerMode]) -> dict[str, Any]:
-    """Every ratio; where none is named the first of `ours` is meant."""
+def speedups(peer: str, rounds: Sequence[Round], modes: dict[str, PeerMode]) -> dict[str, Any]:
+    """Every ratio; where none of ours is named the first of `OURS` is meant."""
     found: dict[str, Any] = {}
-    for name in ours:
-        suffix = "" if name == ours[0] else f"_{name}"
-        found[f"speedup_vs_transformers{suffix}"] = speedup_over_best(rounds, name, modes)
+    for name in OURS:
+        suffix = "" if name == OURS[0] else f"_{name}"
+        found[f"speedup_vs_{peer}{suffix}"] = speedup_over_best(rounds, name, modes)
         for kind in modes:
             found[f"speedup_vs_{kind}{suffix}"] = round(speedup(rounds, name, kind), 3)
     for kind in modes:
-        found[f"cpu_ratio_vs_{kind}"] = round(speedup(rounds, ours[0], kind, of="cpu_s"), 3)
-    found["best_peer_mode"] = modes[best_peer(rounds, ours[0], modes)].label
+        found[f"cpu_ratio_vs_{kind}"] = round(speedup(rounds, OURS[0], kind, of="cpu_s"), 3)
+    found["best_peer_mode"] = modes[best_peer(rounds, OURS[0], modes)].label
     return found
 
 
-def our_figures(rounds: Sequence[Round], ours: Sequence[str], limit: MatmulTimes) -> dict[str, Any]:
+def our_figures(rounds: Sequence[Round], limit: MatmulTimes) -> dict[str, Any]:
     """Throughput, latency and `matmul_share`: CPU seconds over those of the same steps' bare products, medians."""
-    counted = ours[0]
+    counted = OURS[0]
     shares = {
         name: statistics.median(r[name].measured.cpu_s / limit.limit(r[name].measured.steps) for r in rounds)
-        for name in ours
+        for name in OURS
     }
     return {
         "tokens_per_s": medians(rounds, counted)["tokens_per_s"],
         **latencies([timing for r in rounds for timing in r[counted].measured.timings]),
         "matmul_share": round(shares[counted], 3),
-        **{f"matmul_share_{name}": round(shares[name], 3) for name in ours[1:]},
+        **{f"matmul_share_{name}": round(shares[name], 3) for name in OURS[1:]},
         "matmul_limit_cpu_s": round(statistics.median(limit.limit(r[counted].measured.steps) for r in rounds), 3),
     }
 
@@ -97,9 +101,9 @@ def agreement_figures(agreement: Agreement) -> dict[str, Any]:
     }
 
 
-def contestants(rounds: Sequence[Round], ours: Sequence[str], modes: dict[str, PeerMode]) -> dict[str, dict[str, Any]]:
+def contestants(rounds: Sequence[Round], modes: dict[str, PeerMode]) -> dict[str, dict[str, Any]]:
     """`medians` of everyone, with the setting that peers ran in."""
-    return {f"ours_{name}": medians(rounds, name) for name in ours} | {
+    return {f"ours_{name}": medians(rounds, name) for name in OURS} | {
         kind: medians(rounds, kind) | {"mode": mode.label} for kind, mode in modes.items()
     }
 
@@ -122,9 +126,21 @@ def disturbance(rounds: Sequence[Round], foreign_before: float) -> dict[str, Any
     return found
 
 
+def overhead(rounds: Sequence[Round], stats: EngineStats) -> dict[str, float]:
+    """What a step costs beside its computation, in milliseconds: the engine's Python, and the HTTP side's CPU time."""
+    http = [
+        (r["http"].measured.cpu_s - r["in_process"].measured.cpu_s) / max(1, len(r["http"].measured.steps))
+        for r in rounds
+    ]
+    return {
+        "engine_ms_per_step": round(1e3 * stats.host_seconds / max(1, stats.steps), 3),
+        "http_cpu_ms_per_step": round(1e3 * statistics.median(http), 3),
+    }
+
+
 def figures(
+    peer: str,
     rounds: Sequence[Round],
-    ours: Sequence[str],
     modes: dict[str, PeerMode],
     limit: MatmulTimes,
     agreement: Agreement,
@@ -133,16 +149,16 @@ def figures(
     """Everything that follows from the measured rounds.
 
     Args:
-      ours: names of our contestants; the first is the one that counts.
+      peer: its name.
       modes: the peer's mode of each kind that took part.
       foreign_before: cores that other programs used before the start.
     """
     return {
-        **speedups(rounds, ours, modes),
+        **speedups(peer, rounds, modes),
         **disturbance(rounds, foreign_before),
-        **our_figures(rounds, ours, limit),
+        **our_figures(rounds, limit),
         **agreement_figures(agreement),
-        "contestants": contestants(rounds, ours, modes),
+        "contestants": contestants(rounds, modes),
     }
 
 
@@ -186,9 +202,13 @@ def text(summary: dict[str, Any]) -> str:
     rows = [
         (
             "speed-up",
-            f"{summary['speedup_vs_transformers']:.2f} over the peer's best mode: {summary['best_peer_mode']}",
+            f"{summary['speedup_vs_' + summary['peer']]:.2f} over the peer's best mode: {summary['best_peer_mode']}",
         ),
         ("matmul share", f"{summary['matmul_share']:.2f} of our CPU time over the bare products'"),
+        (
+            "overhead a step",
+            f"engine {summary['engine_ms_per_step']} ms, HTTP {summary['http_cpu_ms_per_step']} CPU ms",
+        ),
         ("TTFT / TPOT p50", f"{summary['ttft_p50_s']} / {summary['tpot_p50_s']} s"),
         (
             "same tokens",

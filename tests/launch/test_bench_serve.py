@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +23,7 @@ from jaxstack.models.decoder import Decoder, DecoderConfig
 from jaxstack.runtime.errors import UserError
 from launch.peers import PeerProcess, find_interpreter
 from launch.serve_benchmark import matmul_limit, report
-from launch.serve_benchmark.agreement import Agreement, PlainForward, compare
+from launch.serve_benchmark.agreement import NEAR_TIE, Agreement, PlainForward, compare
 from launch.serve_benchmark.contest import Contest, PeerMode, Progress, Run, fastest
 from launch.serve_benchmark.machine import LoadMeter, describe
 from launch.serve_benchmark.matmul_limit import MatmulTimes
@@ -145,8 +146,8 @@ class TestPeerProcess:
         assert not peer.process.is_running()
 
     def test_a_missing_environment_says_make_peers(self, tmp_path):
-        with pytest.raises(UserError, match="make peers"):
-            find_interpreter(tmp_path / "bin" / "python")
+        with pytest.raises(UserError, match="make peer-llama-cpp"):
+            find_interpreter(tmp_path / "bin" / "python", "peer-llama-cpp")
         assert find_interpreter(sys.executable) == Path(sys.executable)
 
     def test_the_launcher_says_so_in_one_line(self, tmp_path):
@@ -163,8 +164,12 @@ class TestPeerProcess:
         assert done.stderr.startswith("error: peer_python: ") and "`make peers`" in done.stderr
         assert done.stderr.count("\n") == 1
 
-    def test_the_peers_program_imports_nothing_of_ours(self):
-        source = Path(__file__).parents[2] / "launch" / "peers" / "transformers_serve.py"
+    @pytest.mark.parametrize(
+        ("program", "libraries"),
+        [("transformers_serve.py", {"torch", "transformers"}), ("llama_cpp_serve.py", {"gguf", "llama_cpp", "numpy"})],
+    )
+    def test_the_peers_programs_import_nothing_of_ours(self, program, libraries):
+        source = Path(__file__).parents[2] / "launch" / "peers" / program
         imported = set()
         for node in ast.walk(ast.parse(source.read_text())):
             if isinstance(node, ast.Import):
@@ -172,7 +177,7 @@ class TestPeerProcess:
             elif isinstance(node, ast.ImportFrom):
                 assert node.level == 0
                 imported.add(node.module.split(".")[0])
-        assert imported <= set(sys.stdlib_module_names) | {"torch", "transformers"}
+        assert imported <= set(sys.stdlib_module_names) | libraries
 
 
 def wait_for(peer: PeerProcess, status: str) -> None:
@@ -281,7 +286,7 @@ class TestContest:
             lambda tokens: pytest.fail("the answers are equal"),
         )
         quiet = [{k: dataclasses.replace(run, foreign_cores=0.1) for k, run in r.items()} for r in rounds]
-        found = report.figures(quiet, ["http", "in_process"], modes, limit, agreement, 0.0)
+        found = report.figures("transformers", quiet, modes, limit, agreement, 0.0)
         assert found["speedup_vs_generate"] == 3.0
         assert found["speedup_vs_generate_batch"] == found["speedup_vs_transformers"] == 2.0
         assert found["speedup_vs_transformers_in_process"] == 4.0
@@ -302,7 +307,11 @@ class TestContest:
             "dtype": "float32",
             "cpu": "?",
             "recompilations": 0,
+            "peer": "transformers",
+            **report.overhead(quiet, SimpleNamespace(steps=4, host_seconds=0.002)),
         }
+        # Two steps each; over HTTP one CPU second more than without.
+        assert (summary["engine_ms_per_step"], summary["http_cpu_ms_per_step"]) == (0.5, 500.0)
         assert json.loads(json.dumps(summary)) == summary
         assert "speed-up" in report.text(summary)
         report.plot(found["contestants"], report.title(summary), tmp_path / "plot.png")
@@ -382,6 +391,11 @@ class TestAgreement:
         assert found.tokens_agree and found.equal == 1
         (difference,) = found.differences
         assert (difference.request, difference.position, difference.ours, difference.theirs) == (0, 1, 2, 9)
+
+    def test_bfloat16_is_allowed_more(self):
+        found, _ = self.compare([[1, 2, 3], [4, 5]], [[1, 2, 3], [4, 6]], margin=0.05)
+        assert not found.tokens_agree
+        assert (Agreement(near_tie=NEAR_TIE["bfloat16"]) + found).tokens_agree
 
     def test_a_clear_difference_is_a_disagreement(self):
         assert not self.compare([[1, 2, 3], [4, 5]], [[1, 2, 3], [4, 6]], margin=2e-3)[0].tokens_agree
