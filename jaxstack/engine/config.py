@@ -4,9 +4,11 @@ import dataclasses
 from typing import Literal
 
 import psutil
+from jax.sharding import Mesh
 
 from jaxstack.engine.batch import BatchShape
 from jaxstack.models.decoder import DecoderConfig
+from jaxstack.models.tensor_parallel import cached_kv_heads, check_mesh
 from jaxstack.runtime.errors import UserError
 
 _SMALLEST_MIXED_STEP = 64
@@ -30,6 +32,7 @@ class EngineConfig:
       pack_weights: lay weights out for the CPU kernel of `kernels.matmul`; by default wherever that kernel runs.
       max_adapters: LoRA adapters loaded at once; each slot takes memory whether it is used or not.
       max_adapter_rank: the largest rank that an adapter may have.
+      mesh: devices that share the model and its cache, on an axis "tensor"; None for one.
       max_waiting: requests waiting beyond which a new one is refused.
       overlap: start a step before the results of the one before have been read; False takes one after the other.
       seed: of the generator that gives seeds to requests without one.
@@ -45,6 +48,7 @@ class EngineConfig:
     pack_weights: bool | None = None
     max_adapters: int = 0
     max_adapter_rank: int = 16
+    mesh: Mesh | None = None
     max_waiting: int = 1024
     overlap: bool = True
     seed: int = 0
@@ -93,7 +97,8 @@ def sizes(config: EngineConfig, model: DecoderConfig, dtype_bytes: int) -> Sizes
         )
     pages = config.num_pages
     if pages is None:
-        page_bytes = model.num_layers * config.page_size * 2 * model.num_kv_heads * model.head_dim * dtype_bytes
+        kv_heads = model.num_kv_heads if config.mesh is None else cached_kv_heads(model, check_mesh(config.mesh, model))
+        page_bytes = model.num_layers * config.page_size * 2 * kv_heads * model.head_dim * dtype_bytes
         room = min(_CPU_CACHE_SHARE * psutil.virtual_memory().available, _CPU_CACHE_BYTES)
         useful = 4 * config.max_sequences * -(-window // config.page_size)
         pages = min(int(room // page_bytes), useful)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxstack.engine.adapters import AdapterRegistry
@@ -38,6 +39,7 @@ from jaxstack.models.checkpoint import load_decoder
 from jaxstack.models.decoder import Decoder
 from jaxstack.models.peft_format import read_peft
 from jaxstack.models.serving_layout import fuse_for_serving
+from jaxstack.models.tensor_parallel import place, shard_for_serving
 from jaxstack.models.tokenizer import Tokenizer, load_tokenizer
 from jaxstack.runtime.errors import UserError
 from kernels import matmul
@@ -93,12 +95,9 @@ class Engine:
         on_cpu = jax.default_backend() == "cpu"
         name = config.dtype if config.dtype != "auto" else ("float32" if on_cpu else "bfloat16")
         dtype = jnp.dtype(name)
-        packing = config.pack_weights
-        if packing is None:
-            packing = on_cpu and matmul.available()
-        decoder = fuse_for_serving(decoder, pack=packing, dtype=dtype, consume=True)
-        if config.max_adapters:
-            add_slots(decoder, config.max_adapters, config.max_adapter_rank, dtype)
+        # Axes of type Auto, however the caller made them: the programs say themselves where their arrays go.
+        self._mesh = None if config.mesh is None else Mesh(config.mesh.devices, config.mesh.axis_names)
+        decoder = self._serving_form(decoder, dtype)
         self._adapters = AdapterRegistry(config.max_adapters)
         chosen = sizes(config, model, dtype.itemsize)
         self.max_model_len = chosen.max_model_len
@@ -113,6 +112,7 @@ class Engine:
             vocab_size=self.vocab_size,
             dtype=dtype,
             adapter_rank=config.max_adapter_rank,
+            mesh=self._mesh,
         )
         eos = frozenset(model.eos_token_ids) | frozenset(tokenizer.eos_token_ids if tokenizer else ())
         self._answers = Answers(tokenizer, eos, self._leave)
@@ -443,6 +443,22 @@ class Engine:
         self._answers.on_finish.append(callback)
 
     # Inside.
+
+    def _serving_form(self, decoder: Decoder, dtype: jnp.dtype) -> Decoder:
+        """The decoder, taken over: fused and packed for one device, or cut up for the mesh; with room for adapters."""
+        config = self.config
+        if self._mesh is not None:
+            decoder = shard_for_serving(decoder, self._mesh)
+        else:
+            packing = config.pack_weights
+            if packing is None:
+                packing = jax.default_backend() == "cpu" and matmul.available()
+            decoder = fuse_for_serving(decoder, pack=packing, dtype=dtype, consume=True)
+        if config.max_adapters:
+            add_slots(decoder, config.max_adapters, config.max_adapter_rank, dtype)
+            if self._mesh is not None:
+                place(decoder, self._mesh)
+        return decoder
 
     def _new_scheduler(self, num_pages: int) -> Scheduler:
         return Scheduler(

@@ -15,16 +15,19 @@ import sys
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32
 from tqdm import tqdm
 
 from jaxstack.engine.batch import BatchShape, HostBatch, cut, size
 from jaxstack.engine.draws import HostDraws, float_fields, int_fields, pack_draws
+from jaxstack.engine.placement import Placement
 from jaxstack.engine.request import MAX_LOGPROBS, TokenLogprob
 from jaxstack.engine.sampling import RowParams, Sampled, sample
 from jaxstack.engine.scheduler import StepPlan
@@ -33,6 +36,7 @@ from jaxstack.models.adapter_slots import slot_contents, slot_sites, write_slot
 from jaxstack.models.decoder import Decoder
 from jaxstack.models.linear import AdapterFactors, AdapterStack
 from jaxstack.models.peft_format import PeftAdapter
+from jaxstack.models.tensor_parallel import AXIS, cached_kv_heads
 from jaxstack.runtime.compilation import CompileCounter
 from kernels.kv_write import kv_write
 from kernels.paged_attention import paged_attention, ragged
@@ -79,6 +83,7 @@ class Runner:
       vocab_size: token ids at or beyond it are never drawn (a model's table may be padded beyond its tokenizer's).
       dtype: of activations and cache.
       adapter_rank: of the decoder's adapter slots, if it has any.
+      mesh: the devices over which `jaxstack.models.tensor_parallel` has laid the decoder out; None for one.
     """
 
     def __init__(
@@ -92,6 +97,7 @@ class Runner:
         vocab_size: int,
         dtype: jnp.dtype,
         adapter_rank: int = 0,
+        mesh: Mesh | None = None,
     ):
         self.config = decoder.config
         self.shapes = tuple(shapes)
@@ -103,11 +109,15 @@ class Runner:
         self._graph: nnx.GraphDef = graph
         self._weights = (adapters, weights)
         self._write_adapter: Callable | None = None
+        self._placement = Placement(mesh)
         heads, head_dim = self.config.num_kv_heads, self.config.head_dim
+        if mesh is not None:
+            heads = cached_kv_heads(self.config, mesh.shape[AXIS])
         self._cache_shape = (self.config.num_layers, num_pages + 1, page_size, 2 * heads, head_dim)
-        self._cache = jnp.zeros(self._cache_shape, self.dtype)
         self.scrap_slot = slots
-        self._last_token = jnp.zeros(slots + 1, jnp.int32)
+        self._cache: Array
+        self._last_token: Array
+        self.reset_cache()
         self._steps: dict[BatchShape, Callable] = {}
         self._samplers: dict[int, Callable] = {}
         self._scorers: dict[BatchShape, Callable] = {}
@@ -166,12 +176,16 @@ class Runner:
         """The compiled forward pass of one shape (`jax.stages.Compiled`): weights, cache, ints, last tokens -> cache,
         logits, and hidden states unless every row has logits.
         """
-        ints = jax.ShapeDtypeStruct((size(shape.int_fields),), jnp.int32)
+        place = self._placement
+        ints = place.struct((size(shape.int_fields),), jnp.int32)
 
         def step(weights, cache, ints, last_token):
             return self._step(shape, weights, cache, ints, last_token)
 
-        return jax.jit(step, donate_argnums=(1,)).lower(self._weights, self._cache, ints, self._last_token).compile()
+        jitted = jax.jit(
+            step, donate_argnums=(1,), out_shardings=place.all_of(place.cache, place.logits, place.everywhere)
+        )
+        return jitted.lower(self._weights, self._cache, ints, self._last_token).compile()
 
     def compile_scorer(self, shape: BatchShape):
         """The compiled scorer of prompt tokens: weights, hidden states, targets -> `Scores`."""
@@ -181,9 +195,10 @@ class Runner:
             decoder = nnx.merge(self._graph, *weights)
             return score(lambda rows: self._logits(decoder, rows), hidden, targets, alternatives)
 
-        hidden = jax.ShapeDtypeStruct((shape.rows, self.config.hidden_size), self.dtype)
-        targets = jax.ShapeDtypeStruct((shape.rows,), jnp.int32)
-        return jax.jit(scorer).lower(self._weights, hidden, targets).compile()
+        place = self._placement
+        hidden = place.struct((shape.rows, self.config.hidden_size), self.dtype)
+        targets = place.struct((shape.rows,), jnp.int32)
+        return jax.jit(scorer, out_shardings=place.everywhere).lower(self._weights, hidden, targets).compile()
 
     def compile_sampler(self, rows: int, logits: Float[Array, "rows vocab"]):
         """The compiled sampler: logits, ints, floats, last tokens -> `Sampled`, last tokens."""
@@ -196,9 +211,9 @@ class Runner:
             sampled = sample(logits, RowParams(seed=seed, **f, **g))
             return sampled, last_token.at[slots].set(jnp.maximum(sampled.token, 0))
 
-        ints = jax.ShapeDtypeStruct((size(choices),), jnp.int32)
-        floats = jax.ShapeDtypeStruct((size(reals),), jnp.float32)
-        return jax.jit(draw).lower(logits, ints, floats, self._last_token).compile()
+        place = self._placement
+        ints, floats = place.struct((size(choices),), jnp.int32), place.struct((size(reals),), jnp.float32)
+        return jax.jit(draw, out_shardings=place.everywhere).lower(logits, ints, floats, self._last_token).compile()
 
     def launch(self, batch: HostBatch) -> Launched:
         """Starts the forward pass of a step and returns at once."""
@@ -237,33 +252,40 @@ class Runner:
     def _compile_adapter_writer(self) -> Callable:
         if self._write_adapter is None:
             stacks = [v.get_value() for _, v in nnx.to_flat_state(self._weights[0])]
-            contents = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0], *x.shape[2:]), x.dtype), stacks)
-            slot = jax.ShapeDtypeStruct((), jnp.int32)
-            self._write_adapter = jax.jit(write_slot, donate_argnums=(0,)).lower(stacks, slot, contents).compile()
+            place = self._placement
+            contents = jax.tree.map(lambda x: place.struct((x.shape[0], *x.shape[2:]), x.dtype), stacks)
+            kept = None if place.mesh is None else jax.tree.map(lambda x: x.sharding, stacks)
+            write = jax.jit(write_slot, donate_argnums=(0,), out_shardings=kept)
+            self._write_adapter = write.lower(stacks, place.struct((), jnp.int32), contents).compile()
         return self._write_adapter
 
     def reset_cache(self) -> None:
         """A new empty cache, for when a failed step has consumed the old one."""
-        self._cache = jnp.zeros(self._cache_shape, self.dtype)
-        self._last_token = jnp.zeros_like(self._last_token)
+        place = self._placement
+        self._cache = place.zeros(self._cache_shape, self.dtype, place.cache)
+        self._last_token = place.zeros((self.scrap_slot + 1,), jnp.int32, place.everywhere)
 
     def _step(self, shape: BatchShape, weights, cache, ints, last_token):
-        f = cut(ints, shape.int_fields)
-        known = f["tokens"]
-        tokens = jnp.where(known >= 0, known, last_token[jnp.maximum(-1 - known, 0)])
-        decoder = nnx.merge(self._graph, *weights)
-        batch = ragged(f["block_tables"], f["kv_lens"], f["query_starts"], f["num_decodes"], rows=shape.rows)
-        options = {"scale": self.config.attention_scale}
-        if self.config.attention_softcap is not None:
-            options["softcap"] = self.config.attention_softcap
+        def forward(weights, cache, ints, last_token):
+            f = cut(ints, shape.int_fields)
+            known = f["tokens"]
+            tokens = jnp.where(known >= 0, known, last_token[jnp.maximum(-1 - known, 0)])
+            batch = ragged(f["block_tables"], f["kv_lens"], f["query_starts"], f["num_decodes"], rows=shape.rows)
+            options: dict[str, Any] = {"scale": self.config.attention_scale}
+            if self.config.attention_softcap is not None:
+                options["softcap"] = self.config.attention_softcap
 
-        def attend(q, k, v, layer, cache):
-            cache = kv_write(cache, k, v, layer.index, f["write_slots"])
-            return paged_attention(q, cache, layer.index, batch, window=layer.window, **options), cache
+            def attend(q, k, v, layer, cache):
+                cache = kv_write(cache, k, v, layer.index, f["write_slots"])
+                return paged_attention(q, cache, layer.index, batch, window=layer.window, **options), cache
 
-        hidden, cache = decoder.hidden(
-            tokens, f["positions"], attend, cache, adapter_ids=f["adapters"], compute_dtype=self.dtype
-        )
+            hidden, cache = nnx.merge(self._graph, *weights).hidden(
+                tokens, f["positions"], attend, cache, adapter_ids=f["adapters"], compute_dtype=self.dtype
+            )
+            return cache, hidden
+
+        cache, hidden = self._placement.shared(forward, self._weights)(weights, cache, ints, last_token)
+        decoder, f = nnx.merge(self._graph, *weights), cut(ints, shape.int_fields)
         last = jnp.maximum(f["query_starts"][1:] - 1, 0)
         logits = self._logits(decoder, hidden if shape.decode else hidden[last])
         logits = jnp.pad(logits, ((0, shape.samples - shape.sequences), (0, 0)))

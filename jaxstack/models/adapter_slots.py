@@ -21,6 +21,7 @@ from jaxstack.models.hf_names import hf_module
 from jaxstack.models.linear import AdapterStack, Linear, LoraSlots
 from jaxstack.models.lora import Factors
 from jaxstack.models.peft_format import PeftAdapter
+from jaxstack.models.tensor_parallel import repeat_heads
 from jaxstack.runtime.errors import UserError
 
 # Projections that a serving layout, or a checkpoint, holds as one, and their parts in order.
@@ -36,12 +37,16 @@ class SlotSite:
       layers: the numbers of its layers, in the order of its leading axis.
       in_features: of its input.
       parts: the checkpoint's names of the modules side by side in it, and the output features of each.
+      head_copies: how many times it holds each key-value head (`jaxstack.models.tensor_parallel`).
+      kv_heads: of the checkpoint.
     """
 
     path: tuple[str, ...]
     layers: tuple[int, ...]
     in_features: int
     parts: tuple[tuple[str, int], ...]
+    head_copies: int = 1
+    kv_heads: int = 1
 
     @property
     def out_features(self) -> int:
@@ -67,7 +72,9 @@ def _site(config: DecoderConfig, path: tuple[str, ...], linear: Linear) -> SlotS
         widths = [n * config.head_dim for n in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
     else:
         widths = [out_features // len(names)] * len(names)
-    return SlotSite(path, tuple(range(config.num_layers)), in_features, tuple(zip(names, widths)))
+    copies = out_features // (config.num_kv_heads * config.head_dim) if path[-1] in ("k_proj", "v_proj") else 1
+    layers = tuple(range(config.num_layers))
+    return SlotSite(path, layers, in_features, tuple(zip(names, widths)), copies, config.num_kv_heads)
 
 
 def add_slots(decoder: Decoder, slots: int, rank: int, dtype: jnp.dtype) -> None:
@@ -110,7 +117,10 @@ def slot_contents(
                 module = hf_module((*site.path[:-1], part), layer)
                 found = factors.pop(module, None)
                 if found is not None:
-                    _check(found, module, rank, site.in_features, features, source)
+                    _check(found, module, rank, site.in_features, features // site.head_copies, source)
+                    if site.head_copies > 1:
+                        copied = repeat_heads(found.b, site.kv_heads, site.head_copies)
+                        found = dataclasses.replace(found, b=copied)
                     r = found.a.shape[1]
                     row = number * rank
                     a[i, :, row : row + r] = found.a

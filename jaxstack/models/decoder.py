@@ -193,10 +193,18 @@ class Embedding(nnx.Module):
         init = nnx.initializers.normal(config.initializer_range)
         self.embedding = nnx.Param(init(rngs.params(), (config.vocab_size, config.hidden_size), param_dtype))
         self.scale = config.hidden_size**0.5 if config.scale_embeddings else None
+        self.sum_over: str | None = None  # the mesh axis over which the table is cut, inside a `jax.shard_map`
 
     def __call__(self, tokens: Int[Array, "..."], dtype: jnp.dtype | None = None) -> Float[Array, "... D"]:
         """The tokens' vectors in `dtype`, None for the table's, times `scale` rounded to it, if there is one."""
-        vectors = self.embedding.get_value()[tokens]
+        table = self.embedding.get_value()
+        if self.sum_over is None:
+            vectors = table[tokens]
+        else:
+            here = tokens - jax.lax.axis_index(self.sum_over) * table.shape[0]
+            found = (here >= 0) & (here < table.shape[0])
+            vectors = jnp.where(found[..., None], table[jnp.where(found, here, 0)], 0)
+            vectors = jax.lax.psum(vectors, self.sum_over)
         if dtype is not None:
             vectors = vectors.astype(dtype)
         return vectors if self.scale is None else vectors * jnp.asarray(self.scale, vectors.dtype)

@@ -104,6 +104,7 @@ class Linear(nnx.Module):
       kernel: `nnx.Param [in, out]`; its value may be a `kernels.matmul.PackedWeight` in a serving decoder.
       bias: `nnx.Param [out]` or None.
       lora: `LoraWeights` in training, `LoraSlots` in a server, or None.
+      sum_over: the mesh axis over which the inputs are cut, inside a `jax.shard_map`: products are summed over it.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), param_dtype))
         self.bias: nnx.Param | None = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else nnx.data(None)
         self.lora: LoraWeights | LoraSlots | None = nnx.data(None)
+        self.sum_over: str | None = None
 
     def __call__(
         self,
@@ -140,7 +142,10 @@ class Linear(nnx.Module):
         if not isinstance(kernel, PackedWeight):
             kernel = kernel.astype(x.dtype)
         bias = None if self.bias is None else self.bias.get_value()
-        out = matmul(x, kernel, bias, out_dtype=out_dtype)
+        out = matmul(x, kernel, bias if self.sum_over is None else None, out_dtype=out_dtype)
         if self.lora is not None:
             out = out + self.lora(x, adapter_ids).astype(out_dtype)
+        if self.sum_over is not None:
+            out = jax.lax.psum(out, self.sum_over)
+            out = out if bias is None else out + bias.astype(out_dtype)  # once, not on every device
         return out
