@@ -19,7 +19,7 @@ from typing import Any
 
 from absl import flags
 
-from jaxstack.engine import Engine, EngineDead
+from jaxstack.engine import EngineDead
 from jaxstack.runtime.errors import UserError
 from jaxstack.serving import ServerConfig
 from jaxstack.serving.batch_file import answer_file
@@ -50,7 +50,7 @@ def run() -> dict[str, Any]:
         tool_parser=engine_flags.TOOLS.value,
         reasoning_parser=engine_flags.REASONING.value,
     )
-    engine = Engine.from_folder(folder, settings)
+    engine = engine_flags.load_engine(folder, settings)
     try:
         engine.start()
         summary = answer_file(engine, source, target, config, concurrency=concurrency)

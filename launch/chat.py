@@ -296,7 +296,7 @@ def run() -> None:
     config = ServerConfig(tool_parser=engine_flags.TOOLS.value, reasoning_parser=engine_flags.REASONING.value)
     # One answer at a time: a small engine is compiled sooner. Flags that were given count.
     small = {} if flags.FLAGS["max_sequences"].present else {"max_sequences": 1}
-    engine = Engine.from_folder(folder, engine_flags.engine_config(**small))
+    engine = engine_flags.load_engine(folder, engine_flags.engine_config(**small))
     try:
         engine.start()
         with contextlib.closing(InProcess(engine, config)) as source:

@@ -5,8 +5,9 @@ from typing import Any
 
 from absl import flags
 
-from jaxstack.engine import EngineConfig
+from jaxstack.engine import Engine, EngineConfig
 from jaxstack.models.embedded import embedded_model
+from launch import job
 
 _DEFAULT = EngineConfig()
 
@@ -20,6 +21,9 @@ _WAITING = flags.DEFINE_integer("max_waiting", _DEFAULT.max_waiting, "requests t
 _DTYPE: Any = flags.DEFINE_enum("dtype", _DEFAULT.dtype, ["auto", "float32", "bfloat16"], "of weights and cache")
 _CACHING = flags.DEFINE_bool("prefix_caching", _DEFAULT.prefix_caching, "reuse the computation of common beginnings")
 _SEED = flags.DEFINE_integer("seed", _DEFAULT.seed, "of the seeds given to requests that bring none")
+_ADAPTERS = flags.DEFINE_list("adapters", [], "LoRA adapters to load: NAME=FOLDER,NAME=FOLDER")
+_MAX_ADAPTERS = flags.DEFINE_integer("max_adapters", None, "adapters loaded at once; by default those of --adapters")
+_RANK = flags.DEFINE_integer("max_adapter_rank", _DEFAULT.max_adapter_rank, "the largest rank of an adapter")
 TOOLS: Any = flags.DEFINE_enum(
     "tool_parser",
     "auto",
@@ -38,6 +42,22 @@ def model_folder() -> Path:
     return embedded_model() if MODEL.value is None else Path(MODEL.value)
 
 
+def load_engine(folder: Path, config: EngineConfig) -> Engine:
+    """The engine of a model folder, with the adapters that the flags name."""
+    engine = Engine.from_folder(folder, config)
+    for name, adapter in _adapters():
+        engine.load_adapter(name, adapter)
+    return engine
+
+
+def _adapters() -> list[tuple[str, str]]:
+    pairs = [text.partition("=") for text in _ADAPTERS.value]
+    for name, _, folder in pairs:
+        if not name or not folder:
+            raise job.BadUsage(f"--adapters: found {','.join(_ADAPTERS.value)!r}, expected NAME=FOLDER,...")
+    return [(name, folder) for name, _, folder in pairs]
+
+
 def engine_config(**changes: Any) -> EngineConfig:
     """The settings that the flags ask for."""
     settings: dict[str, Any] = {
@@ -49,6 +69,8 @@ def engine_config(**changes: Any) -> EngineConfig:
         "prefix_caching": _CACHING.value,
         "dtype": _DTYPE.value,
         "max_waiting": _WAITING.value,
+        "max_adapters": len(_adapters()) if _MAX_ADAPTERS.value is None else _MAX_ADAPTERS.value,
+        "max_adapter_rank": _RANK.value,
         "seed": _SEED.value,
     }
     return EngineConfig(**{**settings, **changes})

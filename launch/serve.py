@@ -16,7 +16,6 @@ from typing import Any
 
 from absl import flags
 
-from jaxstack.engine import Engine
 from jaxstack.runtime.errors import UserError
 from jaxstack.serving import ServerConfig, serve
 from jaxstack.serving.running import listen
@@ -54,7 +53,7 @@ def run() -> dict[str, Any]:
     settings = engine_flags.engine_config()
     # The address first: loading takes a while, and a port in use should be known before.
     with contextlib.closing(listen(config)) as listener:
-        engine = Engine.from_folder(folder, settings)
+        engine = engine_flags.load_engine(folder, settings)
 
         def on_ready(url: str) -> None:
             print(f"serving {config.model_name} at {url}/v1", flush=True)

@@ -52,7 +52,7 @@ class Endpoints:
         """
         prepare, answer = _GENERATING[path]
         job = await self.on_pool(prepare, body)
-        return answer(job, self.engine.tokenizer, self.config.model_name)
+        return answer(job, self.engine.tokenizer, job.adapter or self.config.model_name)
 
     async def answer(self, path: str, body: bytes) -> dict[str, Any]:
         """The whole response object; `path` is one of `WHOLE_ANSWERS`. Raises as `prepare` and `Generation.take`."""
@@ -87,7 +87,13 @@ class Endpoints:
     @contextlib.asynccontextmanager
     async def _generation(self, job: Job, *, whole: bool = False) -> AsyncIterator[Generation]:
         async with Generation(
-            self.engine, job.prompts, job.sampling, whole=whole, timeout_s=job.timeout_s
+            self.engine,
+            job.prompts,
+            job.sampling,
+            whole=whole,
+            timeout_s=job.timeout_s,
+            adapter=job.adapter,
+            priority=job.request.priority,
         ) as generation:
             self._running.add(generation)
             try:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxstack.engine import EngineDead, PromptTooLong, QueueFull
+from jaxstack.engine.adapters import UnknownAdapter
 from jaxstack.runtime.errors import UserError
 
 
@@ -69,6 +70,8 @@ def as_api_error(error: Exception) -> ApiError | None:
         return ApiError(429, message, code="rate_limit_exceeded", headers={"retry-after": "1"})
     if isinstance(error, PromptTooLong):
         return ApiError(400, message, code="context_length_exceeded", param="prompt")
+    if isinstance(error, UnknownAdapter):
+        return ApiError(404, message.replace("adapter:", "model:", 1), code="model_not_found", param="model")
     if isinstance(error, EngineDead):
         return unavailable("the engine has stopped", "engine_dead", 10)
     if isinstance(error, UserError):

@@ -12,6 +12,9 @@ from types import TracebackType
 from jaxstack.engine import Delta, Engine, SamplingParams, TokenLogprob
 from jaxstack.serving.errors import ApiError
 
+# An answer that the engine should have ended by now is ended without it.
+_GRACE_S = 1.0
+
 
 @dataclasses.dataclass
 class Piece:
@@ -29,7 +32,9 @@ class Piece:
         self.text += delta.text
         self.token_ids.extend(delta.token_ids)
         self.logprobs.extend(delta.logprobs)
-        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+        self.timed_out = delta.finish_reason == "timeout"
+        self.finish_reason = "length" if self.timed_out else delta.finish_reason
+        self.stop_reason = delta.stop_reason
 
 
 @dataclasses.dataclass
@@ -56,6 +61,7 @@ class Generation:
       prompts: token ids, one request to the engine each.
       whole: hand out nothing before everything has come.
       timeout_s: ends all choices with finish_reason "length" after so long.
+      adapter, priority: as the engine's `submit`.
     """
 
     def __init__(
@@ -66,10 +72,13 @@ class Generation:
         *,
         whole: bool = False,
         timeout_s: float | None = None,
+        adapter: str | None = None,
+        priority: int = 0,
     ):
         self._whole = whole
         self._engine, self._prompts, self._sampling = engine, prompts, sampling
-        self._timeout_s = timeout_s
+        self._timeout_s, self._adapter, self._priority = timeout_s, adapter, priority
+        self._timed_out = False
         self._open = set(range(len(prompts) * sampling.n))
         self._untaken: dict[int, Piece] = {}
         self._cached = [0] * len(prompts)
@@ -80,7 +89,8 @@ class Generation:
 
     async def __aenter__(self) -> "Generation":
         loop = asyncio.get_running_loop()
-        self._deadline = None if self._timeout_s is None else loop.time() + self._timeout_s
+        # The engine keeps the time; this is for one that is stuck.
+        self._deadline = None if self._timeout_s is None else loop.time() + self._timeout_s + _GRACE_S
         self._pumps = [loop.create_task(self._pump(i)) for i in range(len(self._prompts))]
         return self
 
@@ -112,17 +122,15 @@ class Generation:
                 pass
         if self._error is not None:
             raise self._error
-        if self._deadline is not None and asyncio.get_running_loop().time() >= self._deadline:
-            await self._expire()
+        late = self._deadline is not None and asyncio.get_running_loop().time() >= self._deadline
+        if (self._timed_out or late) and self.usage.completion_tokens == 0:
+            raise ApiError(408, f"the time of {self._timeout_s} s was over before the first token", code="timeout")
+        if late:
+            await self._stop_pumps()
+            self._close_choices("length", timed_out=True)
         self._something.clear()
         pieces, self._untaken = list(self._untaken.values()), {}
         return pieces
-
-    async def _expire(self) -> None:
-        if self.usage.completion_tokens == 0:
-            raise ApiError(408, f"the time of {self._timeout_s} s was over before the first token", code="timeout")
-        await self._stop_pumps()
-        self._close_choices("length", timed_out=True)
 
     async def abort(self) -> None:
         """Ends every open choice with finish_reason "abort"; what came before stays."""
@@ -145,7 +153,13 @@ class Generation:
         first = which * self._sampling.n
         try:
             # The engine aborts the request when the iterator is closed, and a cancelled wait closes it.
-            async for delta in self._engine.stream(self._prompts[which], self._sampling):
+            async for delta in self._engine.stream(
+                self._prompts[which],
+                self._sampling,
+                adapter=self._adapter,
+                priority=self._priority,
+                timeout_s=self._timeout_s,
+            ):
                 self._add(which, first + delta.index, delta)
         except Exception as error:
             self._error = self._error or error
@@ -156,9 +170,10 @@ class Generation:
         if piece is None:
             piece = self._untaken[choice] = Piece(choice)
         piece.add(delta)
-        self.usage.completion_tokens += len(delta.token_ids)
+        self.usage.completion_tokens += len(delta.token_ids) + delta.discarded_tokens
         self.usage.cached_tokens += delta.cached_tokens - self._cached[which]
         self._cached[which] = delta.cached_tokens
+        self._timed_out = self._timed_out or piece.timed_out
         if delta.finish_reason == "error":
             self._error = self._error or ApiError(500, "the engine failed on this request", code="engine_error")
         if delta.finish_reason is not None:

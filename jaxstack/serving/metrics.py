@@ -6,7 +6,7 @@ engine's thread, so filling is one numpy call however many tokens there were.
 
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from prometheus_client import CollectorRegistry, generate_latest
@@ -23,6 +23,7 @@ _REQUEST = [0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0
 _REQUEST += [960.0, 1920.0, 7680.0]
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 _CHOICES = (1, 2, 5, 10, 20)
+_STEP_TOKENS = (1, *(2**power for power in range(3, 15)))
 
 
 class _Histogram:
@@ -43,11 +44,18 @@ class _Histogram:
 
     def family(self, model_name: str) -> HistogramMetricFamily:
         with self._lock:
-            totals, total = np.cumsum(self._counts).tolist(), self._sum
-        bounds = [str(float(bound)) for bound in self._bounds] + ["+Inf"]
-        family = HistogramMetricFamily(self.name, self._help, labels=["model_name"])
-        family.add_metric([model_name], list(zip(bounds, totals)), total)
-        return family
+            counts, total = self._counts.copy(), self._sum
+        return _histogram_family(self.name, self._help, model_name, self._bounds, counts, total)
+
+
+def _histogram_family(
+    name: str, help_text: str, model_name: str, bounds: Sequence[float], counts: np.ndarray, total: float
+) -> HistogramMetricFamily:
+    """`counts`: of each bucket alone, the one without bound last."""
+    names = [str(float(bound)) for bound in bounds] + ["+Inf"]
+    family = HistogramMetricFamily(name, help_text, labels=["model_name"])
+    family.add_metric([model_name], list(zip(names, np.cumsum(counts).tolist())), total)
+    return family
 
 
 class Metrics(Collector):
@@ -136,10 +144,14 @@ class Metrics(Collector):
         yield counter("vllm:num_preemptions", "Answers set back for lack of pages.", stats.preemptions)
         yield counter("vllm:prompt_tokens", "Tokens of all prompts.", stats.prompt_tokens)
         yield counter("vllm:generation_tokens", "Tokens of all answers.", stats.generation_tokens)
+        yield counter(
+            "vllm:corrupted_requests", "Answers lost to logits that were not finite.", stats.corrupted_requests
+        )
+        yield self._step_tokens(stats.iteration_tokens)
         success = CounterMetricFamily(
             "vllm:request_success", "Finished requests.", labels=["model_name", "finished_reason"]
         )
-        for reason in sorted({"stop", "length", "abort", *stats.finished}):
+        for reason in sorted({"stop", "length", "abort", "error", "timeout", *stats.finished}):
             success.add_metric([self._model_name, reason], stats.finished.get(reason, 0))
         yield success
         yield counter(
@@ -147,6 +159,7 @@ class Metrics(Collector):
         )
         yield counter("jaxstack:steps", "Steps computed.", stats.steps)
         yield counter("jaxstack:step_seconds", "Time spent in steps.", stats.step_seconds)
+        yield counter("jaxstack:host_seconds", "Part of it in which the host worked.", stats.host_seconds)
         yield gauge(
             "jaxstack:padding_ratio", "Share of a step's rows that are padding.", stats.step_padding / max(rows, 1)
         )
@@ -157,6 +170,16 @@ class Metrics(Collector):
         yield pages
         for histogram in self._histograms:
             yield histogram.family(self._model_name)
+
+    def _step_tokens(self, steps: Mapping[int, int]) -> HistogramMetricFamily:
+        """From how many steps computed exactly so many tokens."""
+        counts, total = np.zeros(len(_STEP_TOKENS) + 1, np.int64), 0
+        for tokens, times in steps.items():
+            counts[np.searchsorted(_STEP_TOKENS, tokens)] += times
+            total += tokens * times
+        return _histogram_family(
+            "vllm:iteration_tokens_total", "Tokens computed in a step.", self._model_name, _STEP_TOKENS, counts, total
+        )
 
     def _gauge(self, name: str, help_text: str, value: float) -> GaugeMetricFamily:
         family = GaugeMetricFamily(name, help_text, labels=["model_name"])

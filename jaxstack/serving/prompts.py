@@ -10,7 +10,7 @@ from jaxstack.engine import Engine, SamplingParams
 from jaxstack.models.tokenizer import Tokenizer
 from jaxstack.runtime.errors import UserError
 from jaxstack.serving.config import ServerConfig
-from jaxstack.serving.errors import ApiError, bad_field
+from jaxstack.serving.errors import ApiError, bad_field, shorten
 from jaxstack.serving.message import PLAIN_TEXT, Reading
 from jaxstack.serving.messages import read_messages
 from jaxstack.serving.protocol import (
@@ -35,6 +35,7 @@ class Job:
       prompts: token ids, one list a prompt.
       sampling: for each of them.
       timeout_s: when the answer ends at the latest, in seconds from now.
+      adapter: the LoRA adapter that answers; None for the model itself.
       echo: texts to put before the answers, one a prompt; None unless asked for.
       reading: how a chat's answers become messages.
     """
@@ -43,6 +44,7 @@ class Job:
     prompts: list[list[int]]
     sampling: SamplingParams
     timeout_s: float | None
+    adapter: str | None = None
     echo: list[str] | None = None
     reading: Reading = PLAIN_TEXT
 
@@ -50,10 +52,10 @@ class Job:
 def completion_job(body: bytes, engine: Engine, config: ServerConfig) -> Job:
     """Raises ApiError or UserError."""
     request = CompletionRequest.read(body)
-    check_model(request.model, config)
+    adapter = adapter_of(request.model, engine, config)
     sampling = request.sampling(config)
     given = request.prompts()
-    _check_choices(len(given), sampling.n, config)
+    _check_choices(len(given), sampling, config)
     prompts, echo = [], []
     for prompt in given:
         if isinstance(prompt, str):
@@ -63,15 +65,15 @@ def completion_job(body: bytes, engine: Engine, config: ServerConfig) -> Job:
         prompts[-1] = engine.check_prompt(prompts[-1], sampling)
         if request.echo:
             echo.append(prompt if isinstance(prompt, str) else need_tokenizer(engine).decode(prompt))
-    return Job(request, prompts, sampling, _timeout(request, config), echo if request.echo else None)
+    return Job(request, prompts, sampling, _timeout(request, config), adapter, echo if request.echo else None)
 
 
 def chat_job(body: bytes, engine: Engine, config: ServerConfig) -> Job:
     """Raises ApiError or UserError."""
     request = ChatRequest.read(body)
-    check_model(request.model, config)
+    adapter = adapter_of(request.model, engine, config)
     sampling = request.sampling(config)
-    _check_choices(1, sampling.n, config)
+    _check_choices(1, sampling, config)
     tokenizer = need_tokenizer(engine)
     tools = request.offered_tools()
     if tools is not None and config.tool_parser == "none":
@@ -90,7 +92,7 @@ def chat_job(body: bytes, engine: Engine, config: ServerConfig) -> Job:
         if tokenizer.token_to_id(MARKERS[notation]) in tokenizer.special_ids and notation != "llama3":
             # The marker has to reach the reader. Llama 3's can be missed: its calls are known without.
             sampling = dataclasses.replace(sampling, skip_special_tokens=False)
-    return Job(request, [tokens], sampling, _timeout(request, config), reading=reading)
+    return Job(request, [tokens], sampling, _timeout(request, config), adapter, reading=reading)
 
 
 def reasoning_parser(tokenizer: Tokenizer, config: ServerConfig) -> ReasoningFormat | None:
@@ -110,7 +112,7 @@ def tool_parser(tokenizer: Tokenizer, config: ServerConfig) -> ToolFormat:
 def tokenize(body: bytes, engine: Engine, config: ServerConfig) -> dict[str, Any]:
     """The answer to `POST /tokenize`. Raises ApiError or UserError."""
     request = read_as(TokenizeRequest, body)
-    check_model(request.model, config)
+    adapter_of(request.model, engine, config)
     tokenizer = need_tokenizer(engine)
     if (request.prompt is None) == (request.messages is None):
         raise ApiError(400, "prompt: expected either prompt or messages", param="prompt")
@@ -132,7 +134,7 @@ def tokenize(body: bytes, engine: Engine, config: ServerConfig) -> dict[str, Any
 def detokenize(body: bytes, engine: Engine, config: ServerConfig) -> dict[str, Any]:
     """The answer to `POST /detokenize`. Raises ApiError or UserError."""
     request = read_as(DetokenizeRequest, body)
-    check_model(request.model, config)
+    adapter_of(request.model, engine, config)
     tokenizer = need_tokenizer(engine)
     for token in request.tokens:
         if not 0 <= token < engine.model_config.vocab_size:
@@ -140,11 +142,19 @@ def detokenize(body: bytes, engine: Engine, config: ServerConfig) -> dict[str, A
     return {"prompt": tokenizer.decode(request.tokens, skip_special_tokens=False)}
 
 
-def check_model(name: str | None, config: ServerConfig) -> None:
-    """Raises ApiError 404 unless `name` is the model served here, or None."""
-    if name is not None and name != config.model_name:
-        message = f"model: {name!r} does not exist here; this server has {config.model_name!r}"
-        raise ApiError(404, message, param="model", code="model_not_found")
+def adapter_of(name: str | None, engine: Engine, config: ServerConfig) -> str | None:
+    """The adapter that is served as `name`; None if that is the model itself, or nothing was named.
+
+    Raises:
+      ApiError: 404, there is no such model.
+    """
+    if name is None or name == config.model_name:
+        return None
+    if name in engine.adapters:
+        return name
+    here = ", ".join(repr(known) for known in (config.model_name, *engine.adapters))
+    message = f"model: {shorten(name)} does not exist here; this server has {here}"
+    raise ApiError(404, message, param="model", code="model_not_found")
 
 
 def need_tokenizer(engine: Engine) -> Tokenizer:
@@ -168,10 +178,13 @@ def _chat_prompt(
     return text, tokenizer.encode(text, add_special_tokens=False)
 
 
-def _check_choices(prompts: int, n: int, config: ServerConfig) -> None:
-    if prompts * n > config.max_choices:
-        found = f"{prompts} prompts times n = {n}"
-        raise ApiError(400, f"n: found {found}, expected at most {config.max_choices} choices together", param="n")
+def _check_choices(prompts: int, sampling: SamplingParams, config: ServerConfig) -> None:
+    if prompts * sampling.choices > config.max_choices:
+        name = "n" if sampling.best_of is None else "best_of"
+        found = f"{prompts} prompts times {name} = {sampling.choices}"
+        raise ApiError(
+            400, f"{name}: found {found}, expected at most {config.max_choices} choices together", param=name
+        )
 
 
 def _timeout(request: Request, config: ServerConfig) -> float | None:

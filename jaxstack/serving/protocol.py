@@ -46,7 +46,6 @@ _NOT_DONE: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
     # The engine's part of these is missing.
     "allowed_token_ids": ([],),
-    "best_of": (1,),
     "frequency_penalty": (0,),
     "guided_choice": (),
     "guided_grammar": (),
@@ -56,7 +55,6 @@ _NOT_DONE: dict[str, tuple[Any, ...]] = {
     "min_p": (0,),
     "min_tokens": (0,),
     "presence_penalty": (0,),
-    "priority": (0,),
     "prompt_logprobs": (),
     "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
@@ -340,6 +338,21 @@ class TokenizeRequest(pydantic.BaseModel):
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool = False
+
+
+class LoadAdapterRequest(pydantic.BaseModel):
+    """`POST /v1/load_lora_adapter`."""
+
+    model_config = pydantic.ConfigDict(strict=True)
+    lora_name: str = pydantic.Field(min_length=1)
+    lora_path: str = pydantic.Field(min_length=1)
+
+
+class UnloadAdapterRequest(pydantic.BaseModel):
+    """`POST /v1/unload_lora_adapter`."""
+
+    model_config = pydantic.ConfigDict(strict=True)
+    lora_name: str = pydantic.Field(min_length=1)
 
 
 class DetokenizeRequest(pydantic.BaseModel):

@@ -27,7 +27,8 @@ from jaxstack.serving.errors import ApiError, ClientGone, as_api_error, unavaila
 from jaxstack.serving.exchange import Exchange
 from jaxstack.serving.metrics import Metrics
 from jaxstack.serving.page import HEADERS, LivePage
-from jaxstack.serving.prompts import check_model, detokenize, tokenize
+from jaxstack.serving.prompts import adapter_of, detokenize, tokenize
+from jaxstack.serving.protocol import LoadAdapterRequest, UnloadAdapterRequest, read_as
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ class Service:
         self.active = 0
         self.started = False
         self._created = int(time.time())
+        # When adapters were loaded over HTTP, and from where.
+        self._loaded: dict[str, tuple[int, str]] = {}
         self.endpoints = Endpoints(engine, config)
 
     # ------------------------------------------------------------------------------------------------------ life cycle
@@ -100,11 +103,33 @@ class Service:
         await exchange.answer(self.page.snapshot(), headers={"cache-control": "no-store"})
 
     async def list_models(self, exchange: Exchange) -> None:
-        await exchange.answer({"object": "list", "data": [self._card()]})
+        cards = [self._card(None), *(self._card(name) for name in self.engine.adapters)]
+        await exchange.answer({"object": "list", "data": cards})
 
     async def show_model(self, exchange: Exchange) -> None:
-        check_model(exchange.scope["path_params"]["name"], self.config)
-        await exchange.answer(self._card())
+        adapter = adapter_of(exchange.scope["path_params"]["name"], self.engine, self.config)
+        await exchange.answer(self._card(adapter))
+
+    async def load_adapter(self, exchange: Exchange) -> None:
+        request = read_as(LoadAdapterRequest, await exchange.body())
+        self._check_ready()
+        if request.lora_name == self.config.model_name:
+            raise ApiError(400, f"lora_name: {request.lora_name!r} is the model's own name", param="lora_name")
+        # On no thread of the pool: it would keep prompts waiting.
+        await asyncio.to_thread(self.engine.load_adapter, request.lora_name, request.lora_path)
+        self._loaded[request.lora_name] = (int(time.time()), request.lora_path)
+        await exchange.answer_bytes(
+            f"Success: LoRA adapter '{request.lora_name}' added successfully.".encode(), "text/plain; charset=utf-8"
+        )
+
+    async def unload_adapter(self, exchange: Exchange) -> None:
+        request = read_as(UnloadAdapterRequest, await exchange.body())
+        self._check_ready()
+        await asyncio.to_thread(self.engine.unload_adapter, request.lora_name)
+        self._loaded.pop(request.lora_name, None)
+        await exchange.answer_bytes(
+            f"Success: LoRA adapter '{request.lora_name}' removed successfully.".encode(), "text/plain; charset=utf-8"
+        )
 
     async def tokenize(self, exchange: Exchange) -> None:
         await exchange.answer(await self.endpoints.on_pool(tokenize, await exchange.body()))
@@ -158,14 +183,16 @@ class Service:
             message = f"the engine is warming up, {progress:.0%} done"
             raise unavailable(message, "warming_up", 1, progress=progress)
 
-    def _card(self) -> dict[str, Any]:
+    def _card(self, adapter: str | None) -> dict[str, Any]:
+        base = self.config.model_name
+        created, root = self._loaded.get(adapter or "", (self._created, adapter or base))
         return {
-            "id": self.config.model_name,
+            "id": adapter or base,
             "object": "model",
-            "created": self._created,
+            "created": created,
             "owned_by": "jaxstack",
-            "root": self.config.model_name,
-            "parent": None,
+            "root": root,
+            "parent": None if adapter is None else base,
             "max_model_len": self.engine.max_model_len,
         }
 
@@ -240,6 +267,8 @@ def build_app(engine: Engine, config: ServerConfig | None = None) -> Starlette:
         route("/v1/models/{name:path}", "GET", service.show_model),
         route("/v1/completions", "POST", service.completions),
         route("/v1/chat/completions", "POST", service.chat),
+        route("/v1/load_lora_adapter", "POST", service.load_adapter),
+        route("/v1/unload_lora_adapter", "POST", service.unload_adapter),
         route("/tokenize", "POST", service.tokenize),
         route("/detokenize", "POST", service.detokenize),
     ]

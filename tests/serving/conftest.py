@@ -29,7 +29,9 @@ MODEL = DecoderConfig(
 
 @pytest.fixture(scope="session")
 def engine() -> Iterator[Engine]:
-    settings = EngineConfig(max_sequences=4, max_batch_tokens=64, page_size=8, num_pages=1024)
+    settings = EngineConfig(
+        max_sequences=4, max_batch_tokens=64, page_size=8, num_pages=1024, max_adapters=2, max_adapter_rank=2
+    )
     engine = Engine(Decoder(MODEL, rngs=nnx.Rngs(0)), byte_tokenizer(), settings)
     engine.start(progress=False)
     yield engine

@@ -35,6 +35,7 @@ class ScriptedEngine:
         self.may_start.set()
         self.dead = False
         self.closed = 0
+        self.adapters: tuple[str, ...] = ()
         self.more = asyncio.Event()
 
     async def letters(self) -> AsyncIterator[Delta]:
@@ -54,7 +55,7 @@ class ScriptedEngine:
     def check_prompt(self, prompt: list[int], sampling: SamplingParams) -> list[int]:
         return prompt
 
-    async def stream(self, prompt: list[int], sampling: SamplingParams) -> AsyncIterator[Delta]:
+    async def stream(self, prompt: list[int], sampling: SamplingParams, **settings: Any) -> AsyncIterator[Delta]:
         try:
             async for delta in self.script():
                 yield delta
@@ -63,7 +64,9 @@ class ScriptedEngine:
 
     def stats(self) -> EngineStats:
         values = {field.name: 0 for field in dataclasses.fields(EngineStats)}
-        return EngineStats(**{**values, "finished": {}, "alive": not self.dead, "warm_progress": 0.25})
+        return EngineStats(
+            **{**values, "finished": {}, "iteration_tokens": {}, "alive": not self.dead, "warm_progress": 0.25}
+        )
 
 
 def piece(text: str, end: Any = None) -> Delta:

@@ -53,6 +53,11 @@ def test_a_request_shows_in_every_metric(http: httpx.Client, server: BackgroundS
     assert grown("vllm:request_prompt_tokens_sum") == 8 and grown("vllm:request_params_max_tokens_sum") == 7
     assert after["vllm:num_requests_running"] == after["vllm:num_requests_waiting"] == 0
     assert 0 <= after["vllm:kv_cache_usage_perc"] <= 1 and after["vllm:num_preemptions_total"] >= 0
+    assert grown("vllm:iteration_tokens_total_count") == grown("jaxstack:steps_total")
+    assert grown("vllm:iteration_tokens_total_sum") == 8 + 6  # the last token is never an input
+    assert grown("vllm:iteration_tokens_total_bucket{le=1.0}") == 6
+    assert grown("vllm:iteration_tokens_total_bucket{le=8.0}") == 7
+    assert after["vllm:corrupted_requests_total"] == 0 and 0 < grown("jaxstack:host_seconds_total") < 60
     assert after["jaxstack:compilations_total"] == 0 and after["jaxstack:warm_up_progress"] == 1
     assert grown("jaxstack:steps_total") >= 7 and 0 <= after["jaxstack:padding_ratio"] < 1
     assert sum(after[f"jaxstack:pages{{state={state}}}"] for state in ("free", "tree", "private")) == 1024

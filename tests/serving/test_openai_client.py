@@ -229,3 +229,24 @@ def test_sixteen_streams_at_once(server: BackgroundServer, client: openai.OpenAI
 def test_nothing_was_compiled_after_the_warm_up(engine: Engine, client: openai.OpenAI) -> None:
     client.completions.create(prompt="x", n=3, logprobs=5, **{**GREEDY, "temperature": 1}, top_p=0.5)
     assert engine.stats().recompilations == 0
+
+
+def test_the_best_of_several(client: openai.OpenAI, engine: Engine) -> None:
+    asked = {"model": "tiny", "prompt": "x", "max_tokens": 6, "seed": 3}
+    answer = client.completions.create(n=2, best_of=5, logprobs=0, extra_body={"ignore_eos": True}, **asked)
+    assert answer.usage.completion_tokens == 5 * 6
+    every = client.completions.create(n=5, logprobs=0, extra_body={"ignore_eos": True}, **asked)
+    ranked = sorted(every.choices, key=lambda choice: -sum(choice.logprobs.token_logprobs))
+    assert [choice.text for choice in answer.choices] == [choice.text for choice in ranked[:2]]
+
+
+def test_priority_is_taken(client: openai.OpenAI, engine: Engine) -> None:
+    # Which one goes first is the scheduler's matter; here it only has to reach it.
+    seen = []
+    original = engine.submit
+    engine.submit = lambda *args, **kwargs: (seen.append(kwargs["priority"]), original(*args, **kwargs))[1]  # type: ignore
+    try:
+        client.completions.create(model="tiny", prompt="x", max_tokens=1, extra_body={"priority": -3})
+    finally:
+        del engine.submit
+    assert seen == [-3]
