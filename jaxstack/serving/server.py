@@ -4,6 +4,7 @@ A generating request goes one way: body within limits -> `endpoints` -> JSON or 
 against the client going away. Every other outcome is an `ApiError`.
 """
 
+import asyncio
 import contextlib
 import hmac
 import logging

@@ -1,14 +1,19 @@
 """One engine with a tiny random model and one server for all tests of this folder: compiling it takes longest."""
 
+import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
+import numpy as np
 import openai
 import pytest
 from flax import nnx
 
 from jaxstack.engine import Engine, EngineConfig
+from jaxstack.models import lora
 from jaxstack.models.decoder import Decoder, DecoderConfig
+from jaxstack.models.peft_format import save_peft
 from jaxstack.models.tokenizer import byte_tokenizer
 from jaxstack.serving import BackgroundServer, ServerConfig
 
@@ -28,7 +33,24 @@ MODEL = DecoderConfig(
 
 
 @pytest.fixture(scope="session")
-def engine() -> Iterator[Engine]:
+def adapter_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter of the model that changes every answer."""
+    model, config = Decoder(MODEL, rngs=nnx.Rngs(0)), lora.LoraConfig(r=2, alpha=64.0)
+    lora.attach(model, config, seed=1)
+    rng = np.random.default_rng(0)
+    factors = {
+        name: dataclasses.replace(factor, b=rng.normal(size=factor.b.shape).astype(np.float32))
+        for name, factor in lora.adapter_factors(model, config).items()
+    }
+    lora.set_adapters(model, [factors])
+    folder = tmp_path_factory.mktemp("adapters") / "other"
+    save_peft(model, folder, config)
+    return folder
+
+
+# The adapter is made first: the engine counts what this process compiles once it is warm.
+@pytest.fixture(scope="session")
+def engine(adapter_folder: Path) -> Iterator[Engine]:
     settings = EngineConfig(
         max_sequences=4, max_batch_tokens=64, page_size=8, num_pages=1024, max_adapters=2, max_adapter_rank=2
     )

@@ -63,10 +63,9 @@ class ScriptedEngine:
             self.closed += 1
 
     def stats(self) -> EngineStats:
-        values = {field.name: 0 for field in dataclasses.fields(EngineStats)}
-        return EngineStats(
-            **{**values, "finished": {}, "iteration_tokens": {}, "alive": not self.dead, "warm_progress": 0.25}
-        )
+        values: dict[str, Any] = {field.name: 0 for field in dataclasses.fields(EngineStats)}
+        values |= {"finished": {}, "iteration_tokens": {}, "alive": not self.dead, "warm_progress": 0.25}
+        return EngineStats(**values)
 
 
 def piece(text: str, end: Any = None) -> Delta:
