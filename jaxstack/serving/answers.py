@@ -1,13 +1,14 @@
 """OpenAI's response objects, whole and in chunks, from the pieces of a generation."""
 
+import dataclasses
 import time
 import uuid
 from collections.abc import Iterable
 from typing import Any
 
-from jaxstack.engine import TokenLogprob
 from jaxstack.models.tokenizer import Tokenizer
 from jaxstack.serving.generation import Piece, Usage
+from jaxstack.serving.logprobs import CompletionLogprobs, chat_logprobs, join, prompt_logprobs
 from jaxstack.serving.message import MessageReader
 from jaxstack.serving.prompts import Job
 from jaxstack.serving.tools import CallPiece
@@ -30,7 +31,7 @@ class Answer:
     def whole(self, pieces: Iterable[Piece], usage: Usage) -> dict[str, Any]:
         """The response object; `pieces` are the choices, each in one piece."""
         choices = [self._whole_choice(piece) for piece in sorted(pieces, key=lambda p: p.choice)]
-        return {**self._head, "object": self.whole_object, "choices": choices, "usage": usage.as_json()}
+        return {**self._head, "object": self.whole_object, "choices": choices, "usage": self._usage_json(usage)}
 
     def opening(self) -> list[dict[str, Any]]:
         """Chunks before the first piece."""
@@ -44,7 +45,7 @@ class Answer:
         """The chunk with the usage, if it was asked for."""
         if not self._include_usage:
             return []
-        return [{**self._head, "object": self.chunk_object, "choices": [], "usage": usage.as_json()}]
+        return [{**self._head, "object": self.chunk_object, "choices": [], "usage": self._usage_json(usage)}]
 
     def _whole_choice(self, piece: Piece) -> dict[str, Any]:
         raise NotImplementedError
@@ -54,27 +55,24 @@ class Answer:
         # OpenAI's promise: with include_usage every chunk has the field.
         return {**chunk, "usage": None} if self._include_usage else chunk
 
+    def _usage_json(self, usage: Usage) -> dict[str, Any]:
+        # Of a prompt alone nothing was asked beyond it.
+        generated = 0 if self.job.prompt_only else usage.completion_tokens
+        return dataclasses.replace(usage, completion_tokens=generated).as_json()
+
+    def _prompt_logprobs(self, piece: Piece) -> list[dict[str, Any] | None]:
+        return prompt_logprobs(self._tokenizer, piece.prompt_logprobs or (), self.job.request.prompt_logprobs or 0)
+
     def _extras(self, piece: Piece) -> dict[str, Any]:
         """Fields that OpenAI does not have: vLLM's, and our own mark of an answer cut by its deadline."""
         extras: dict[str, Any] = {}
         if self.job.request.return_token_ids:
-            extras["token_ids"] = piece.token_ids
+            extras["token_ids"] = [] if self.job.prompt_only else piece.token_ids
         if piece.finish_reason is not None:
             extras["stop_reason"] = piece.stop_reason
             if piece.timed_out:
                 extras["timeout"] = True
         return extras
-
-    def _token_text(self, token_id: int) -> str:
-        """A token as text; one that is not whole characters as `bytes:\\xe2\\x82`, as OpenAI writes them."""
-        raw = self._token_bytes(token_id)
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
-
-    def _token_bytes(self, token_id: int) -> bytes:
-        return b"" if self._tokenizer is None else self._tokenizer.token_bytes(token_id)
 
 
 class CompletionAnswer(Answer):
@@ -84,60 +82,46 @@ class CompletionAnswer(Answer):
 
     def __init__(self, job: Job, tokenizer: Tokenizer | None, model_name: str):
         super().__init__(job, tokenizer, model_name)
-        self._offsets: dict[int, int] = {}
+        self._lists: dict[int, CompletionLogprobs] = {}
         self._begun: set[int] = set()
 
     def _whole_choice(self, piece: Piece) -> dict[str, Any]:
-        return {
-            "index": piece.choice,
-            "text": self._echo(piece.choice) + piece.text,
-            "logprobs": self._logprobs(piece),
-            "finish_reason": piece.finish_reason,
-            **self._extras(piece),
-        }
+        return self._choice(piece)
 
     def chunks(self, piece: Piece) -> list[dict[str, Any]]:
-        text = piece.text
-        if piece.choice not in self._begun:
-            self._begun.add(piece.choice)
-            text = self._echo(piece.choice) + text
-        if not (text or piece.logprobs or piece.finish_reason or self.job.request.return_token_ids):
-            return []
+        choice = self._choice(piece)
+        shown = choice["text"] or piece.logprobs or piece.finish_reason or self.job.request.return_token_ids
+        return [self._chunk(choice)] if shown else []
+
+    def _choice(self, piece: Piece) -> dict[str, Any]:
+        job, which = self.job, piece.choice // self.job.sampling.n
+        first = piece.choice not in self._begun
+        self._begun.add(piece.choice)
+        text = "" if job.prompt_only else piece.text
+        logprobs = None
+        if job.logprobs is not None:
+            lists = self._lists.get(piece.choice)
+            if lists is None:
+                skip = job.sampling.skip_special_tokens
+                lists = self._lists[piece.choice] = CompletionLogprobs(self._tokenizer, job.logprobs, skip)
+            before = None
+            if first and job.echo is not None:
+                before = lists.echo(job.echo[which], job.prompts[which], piece.prompt_logprobs)
+            entries = [] if job.prompt_only else piece.logprobs
+            logprobs = lists.lists([entry.token_id for entry in entries], entries)
+            logprobs = logprobs if before is None else join(before, logprobs)
+        if first and job.echo is not None:
+            text = job.echo[which] + text
         choice = {
             "index": piece.choice,
             "text": text,
-            "logprobs": self._logprobs(piece),
-            "finish_reason": piece.finish_reason,
+            "logprobs": logprobs,
+            "finish_reason": "length" if job.prompt_only and piece.finish_reason == "stop" else piece.finish_reason,
             **self._extras(piece),
         }
-        return [self._chunk(choice)]
-
-    def _echo(self, choice: int) -> str:
-        return "" if self.job.echo is None else self.job.echo[choice // self.job.sampling.n]
-
-    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
-        """The parallel lists of the older format. `text_offset` counts characters of the tokens before."""
-        if self.job.sampling.logprobs is None:
-            return None
-        tokens = [self._token_text(entry.token_id) for entry in piece.logprobs]
-        offset, offsets = self._offsets.get(piece.choice, 0), []
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(token)
-        self._offsets[piece.choice] = offset
-        return {
-            "tokens": tokens,
-            "token_logprobs": [finite(entry.logprob) for entry in piece.logprobs],
-            "top_logprobs": [self._alternatives(entry) for entry in piece.logprobs],
-            "text_offset": offsets,
-        }
-
-    def _alternatives(self, entry: TokenLogprob) -> dict[str, float]:
-        # Of two tokens with one spelling the likelier stays; the chosen one is always there.
-        found: dict[str, float] = {}
-        for token_id, logprob in (*entry.top, (entry.token_id, entry.logprob)):
-            found.setdefault(self._token_text(token_id), finite(logprob))
-        return found
+        if first and job.request.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = self._prompt_logprobs(piece)
+        return choice
 
 
 class ChatAnswer(Answer):
@@ -165,6 +149,13 @@ class ChatAnswer(Answer):
             "finish_reason": self._finish_reason(piece),
             **self._extras(piece),
         }
+
+    def whole(self, pieces: Iterable[Piece], usage: Usage) -> dict[str, Any]:
+        pieces = list(pieces)
+        answer = super().whole(pieces, usage)
+        if self.job.request.prompt_logprobs is not None:
+            answer["prompt_logprobs"] = self._prompt_logprobs(pieces[0])
+        return answer
 
     def opening(self) -> list[dict[str, Any]]:
         return [
@@ -206,20 +197,7 @@ class ChatAnswer(Answer):
         return self._chunk({"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": None, **extras})
 
     def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
-        if self.job.sampling.logprobs is None:
-            return None
-        content = [
-            {
-                **self._entry(entry.token_id, entry.logprob),
-                "top_logprobs": [self._entry(token_id, logprob) for token_id, logprob in entry.top],
-            }
-            for entry in piece.logprobs
-        ]
-        return {"content": content, "refusal": None}
-
-    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
-        raw = self._token_bytes(token_id)
-        return {"token": raw.decode(errors="replace"), "logprob": finite(logprob), "bytes": list(raw)}
+        return None if self.job.logprobs is None else chat_logprobs(self._tokenizer, piece.logprobs)
 
 
 def _call_json(call: CallPiece, *, whole: bool = False) -> dict[str, Any]:
@@ -230,8 +208,3 @@ def _call_json(call: CallPiece, *, whole: bool = False) -> dict[str, Any]:
         head |= {"id": call.id, "type": "function"}
         function = {"name": call.name, **function}
     return {**head, "function": function}
-
-
-def finite(logprob: float) -> float:
-    """JSON has no minus infinity; OpenAI writes -9999 for "practically never"."""
-    return max(logprob, -9999.0)

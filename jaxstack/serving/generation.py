@@ -18,7 +18,10 @@ _GRACE_S = 1.0
 
 @dataclasses.dataclass
 class Piece:
-    """What came for one choice since it was last taken. Choices of prompt i are numbered from i * n."""
+    """What came for one choice since it was last taken. Choices of prompt i are numbered from i * n.
+
+    The first piece of every choice has its prompt's log probabilities, if these were asked for.
+    """
 
     choice: int
     text: str = ""
@@ -27,6 +30,7 @@ class Piece:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     timed_out: bool = False
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
     def add(self, delta: Delta) -> None:
         self.text += delta.text
@@ -82,6 +86,8 @@ class Generation:
         self._open = set(range(len(prompts) * sampling.n))
         self._untaken: dict[int, Piece] = {}
         self._cached = [0] * len(prompts)
+        self._begun: set[int] = set()
+        self._prompt_logprobs: dict[int, tuple[TokenLogprob | None, ...]] = {}
         self._something = asyncio.Event()
         self._error: BaseException | None = None
         self._pumps: list[asyncio.Task[None]] = []
@@ -130,6 +136,10 @@ class Generation:
             self._close_choices("length", timed_out=True)
         self._something.clear()
         pieces, self._untaken = list(self._untaken.values()), {}
+        for piece in pieces:
+            if piece.choice not in self._begun:
+                self._begun.add(piece.choice)
+                piece.prompt_logprobs = self._prompt_logprobs.get(piece.choice // self._sampling.n)
         return pieces
 
     async def abort(self) -> None:
@@ -173,6 +183,8 @@ class Generation:
         self.usage.completion_tokens += len(delta.token_ids) + delta.discarded_tokens
         self.usage.cached_tokens += delta.cached_tokens - self._cached[which]
         self._cached[which] = delta.cached_tokens
+        if delta.prompt_logprobs is not None:
+            self._prompt_logprobs[which] = delta.prompt_logprobs
         self._timed_out = self._timed_out or piece.timed_out
         if delta.finish_reason == "error":
             self._error = self._error or ApiError(500, "the engine failed on this request", code="engine_error")

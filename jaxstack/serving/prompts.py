@@ -37,6 +37,8 @@ class Job:
       timeout_s: when the answer ends at the latest, in seconds from now.
       adapter: the LoRA adapter that answers; None for the model itself.
       echo: texts to put before the answers, one a prompt; None unless asked for.
+      logprobs: alternatives to show with each token; None shows no log probabilities.
+      prompt_only: what is generated is left out.
       reading: how a chat's answers become messages.
     """
 
@@ -46,6 +48,8 @@ class Job:
     timeout_s: float | None
     adapter: str | None = None
     echo: list[str] | None = None
+    logprobs: int | None = None
+    prompt_only: bool = False
     reading: Reading = PLAIN_TEXT
 
 
@@ -65,7 +69,16 @@ def completion_job(body: bytes, engine: Engine, config: ServerConfig) -> Job:
         prompts[-1] = engine.check_prompt(prompts[-1], sampling)
         if request.echo:
             echo.append(prompt if isinstance(prompt, str) else need_tokenizer(engine).decode(prompt))
-    return Job(request, prompts, sampling, _timeout(request, config), adapter, echo if request.echo else None)
+    return Job(
+        request,
+        prompts,
+        sampling,
+        _timeout(request, config),
+        adapter,
+        echo=echo if request.echo else None,
+        logprobs=request.alternatives(),
+        prompt_only=request.prompt_only,
+    )
 
 
 def chat_job(body: bytes, engine: Engine, config: ServerConfig) -> Job:
@@ -92,7 +105,8 @@ def chat_job(body: bytes, engine: Engine, config: ServerConfig) -> Job:
         if tokenizer.token_to_id(MARKERS[notation]) in tokenizer.special_ids and notation != "llama3":
             # The marker has to reach the reader. Llama 3's can be missed: its calls are known without.
             sampling = dataclasses.replace(sampling, skip_special_tokens=False)
-    return Job(request, [tokens], sampling, _timeout(request, config), adapter, reading=reading)
+    timeout_s = _timeout(request, config)
+    return Job(request, [tokens], sampling, timeout_s, adapter, logprobs=request.alternatives(), reading=reading)
 
 
 def reasoning_parser(tokenizer: Tokenizer, config: ServerConfig) -> ReasoningFormat | None:

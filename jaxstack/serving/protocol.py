@@ -55,7 +55,6 @@ _NOT_DONE: dict[str, tuple[Any, ...]] = {
     "min_p": (0,),
     "min_tokens": (0,),
     "presence_penalty": (0,),
-    "prompt_logprobs": (),
     "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "structured_outputs": (),
@@ -161,6 +160,8 @@ class Request(pydantic.BaseModel):
             raise ApiError(400, "stream_options: only allowed together with stream: true", param="stream_options")
         if self.stream and self.best_of not in (None, self.n or 1):
             raise ApiError(400, "best_of: not together with stream: the best are known at the end", param="best_of")
+        if self.stream and self.prompt_logprobs is not None:
+            raise ApiError(400, "prompt_logprobs: not together with stream", param="prompt_logprobs")
 
     def alternatives(self) -> int | None:
         """Alternatives wanted with each token's log probability; None for no log probabilities."""
@@ -240,8 +241,6 @@ class CompletionRequest(Request):
 
     def check(self) -> None:
         super().check()
-        if self.echo and self.logprobs is not None:
-            raise ApiError(400, "echo: log probabilities of the prompt are not available here", param="echo")
         self.prompts()
 
     @property
@@ -266,6 +265,10 @@ class CompletionRequest(Request):
 
     def alternatives(self) -> int | None:
         return self.logprobs
+
+    def prompt_alternatives(self) -> int | None:
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((count for count in wanted if count is not None), default=None)
 
     def token_limit(self) -> int | None:
         # The engine's step ends in a token in any case; the answer leaves it out.

@@ -57,4 +57,4 @@ def test_what_is_refused(post, adapter_folder: Path, tmp_path: Path) -> None:  #
     ):
         assert answer.status_code == status and message in answer.json()["error"]["message"], answer.text
     assert post("load", lora_name="b", lora_path=str(adapter_folder)).status_code == 200
-    assert "free" in post("load", lora_name="c", lora_path=str(adapter_folder)).json()["error"]["message"]
+    assert "slots are taken" in post("load", lora_name="c", lora_path=str(adapter_folder)).json()["error"]["message"]
