@@ -36,6 +36,7 @@ from jaxstack.models.adapter_slots import slot_contents, slot_sites, write_slot
 from jaxstack.models.decoder import Decoder
 from jaxstack.models.linear import AdapterFactors, AdapterStack
 from jaxstack.models.peft_format import PeftAdapter
+from jaxstack.models.serving_layout import count_rows
 from jaxstack.models.tensor_parallel import AXIS, cached_kv_heads
 from jaxstack.runtime.compilation import CompileCounter
 from kernels.kv_write import kv_write
@@ -279,14 +280,18 @@ class Runner:
                 cache = kv_write(cache, k, v, layer.index, f["write_slots"])
                 return paged_attention(q, cache, layer.index, batch, window=layer.window, **options), cache
 
-            hidden, cache = nnx.merge(self._graph, *weights).hidden(
+            decoder = nnx.merge(self._graph, *weights)
+            count_rows(decoder.layers, f["query_starts"][-1])
+            hidden, cache = decoder.hidden(
                 tokens, f["positions"], attend, cache, adapter_ids=f["adapters"], compute_dtype=self.dtype
             )
             return cache, hidden
 
         cache, hidden = self._placement.shared(forward, self._weights)(weights, cache, ints, last_token)
         decoder, f = nnx.merge(self._graph, *weights), cut(ints, shape.int_fields)
-        last = jnp.maximum(f["query_starts"][1:] - 1, 0)
+        starts = f["query_starts"]
+        count_rows(decoder.lm_head, (starts[1:] > starts[:-1]).sum())
+        last = jnp.maximum(starts[1:] - 1, 0)
         logits = self._logits(decoder, hidden if shape.decode else hidden[last])
         logits = jnp.pad(logits, ((0, shape.samples - shape.sequences), (0, 0)))
         return cache, logits, None if shape.decode else hidden

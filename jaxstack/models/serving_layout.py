@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array, Int
 
 from jaxstack.models.decoder import Decoder
 from jaxstack.models.linear import Linear, LoraParam
@@ -53,6 +54,16 @@ def fuse_for_serving(decoder: Decoder, *, pack: bool, dtype: DTypeLike = jnp.flo
         _pack_kernel(mlp.down_proj, dtype)
         _pack_head(decoder, dtype)
     return decoder
+
+
+def count_rows(module: nnx.Module | None, rows: Int[Array, ""]) -> None:
+    """Tells the packed matrices of a part of a decoder, inside a jitted step, that only the first `rows` of the rows
+    they meet count, the others being padding. Other matrices multiply all; None has none.
+    """
+    is_packed = lambda leaf: isinstance(leaf, matmul.PackedWeight)  # noqa: E731
+    counted = lambda leaf: leaf.for_rows(rows) if is_packed(leaf) else leaf  # noqa: E731
+    if module is not None:
+        nnx.update(module, jax.tree.map(counted, nnx.state(module), is_leaf=is_packed))
 
 
 def _side_by_side(parts: Sequence[Linear | None]) -> Linear:

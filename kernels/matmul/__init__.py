@@ -49,7 +49,8 @@ def matmul(
       x: any leading axes.
       w: a plain matrix, or a `PackedWeight` (one matrix, or a stack with `at_layer` chosen). `x` is rounded to a packed
         weight's dtype and the sums are float32; by the "cpu" implementation a row is bit-identical whatever other rows
-        are in the batch. (A processor's bfloat16 unit takes subnormal numbers, below 1e-38, for zero.)
+        are in the batch. Of one with `for_rows` chosen, the result's rows beyond those are zeros. (A processor's
+        bfloat16 unit takes subnormal numbers, below 1e-38, for zero.)
       bias: added before the result is rounded to `out_dtype`; with a plain `w` afterwards.
       out_dtype: of the result; None is float32 for a packed weight, and what `x @ w` has for a plain one.
       implementation: "ref" (the oracle), "xla" (XLA's own), "cpu" (the compiled kernel, packed weights only). None is
@@ -94,10 +95,10 @@ def _packed(
         return cpu.matmul(x, w, bias, jnp.dtype(jnp.float32)).astype(dtype)
 
     def by_xla(x: Array, w: PackedWeight, bias: Array | None) -> Array:
-        return _finished(xla.matmul(x, w), bias, dtype)
+        return _finished(xla.matmul(x, w), bias, dtype, w.rows)
 
     if implementation == "ref":
-        return _finished(ref.matmul(x, w), bias, dtype)
+        return _finished(ref.matmul(x, w), bias, dtype, w.rows)
     if implementation == "cpu":
         return compiled(x, w, bias)
     if implementation == "xla" or not available():
@@ -106,8 +107,12 @@ def _packed(
     return jax.lax.platform_dependent(x, w, bias, cpu=compiled, default=by_xla)
 
 
-def _finished(out: Array, bias: Array | None, dtype: jnp.dtype) -> Array:
-    return (out if bias is None else out + bias.astype(out.dtype)).astype(dtype)
+def _finished(out: Array, bias: Array | None, dtype: jnp.dtype, rows: Array | None = None) -> Array:
+    out = out if bias is None else out + bias.astype(out.dtype)
+    if rows is not None:
+        flat = out.reshape(-1, out.shape[-1])
+        out = jnp.where(jnp.arange(flat.shape[0])[:, None] < rows, flat, 0).reshape(out.shape)
+    return out.astype(dtype)
 
 
 def _serve_only(

@@ -50,5 +50,6 @@ def matmul(
             jax.ShapeDtypeStruct((blocked,), jnp.float32),
         ),
     )
-    out, _ = call(rows, panels, layer, jnp.zeros((0,), jnp.float32) if bias is None else bias.astype(jnp.float32))
+    used = jnp.full((), rows.shape[0], jnp.int32) if w.rows is None else w.rows
+    out, _ = call(rows, panels, layer, used, jnp.zeros((0,), jnp.float32) if bias is None else bias.astype(jnp.float32))
     return out.reshape(*x.shape[:-1], w.out_features)

@@ -13,7 +13,9 @@ PANEL_COLUMNS = 64  # `kColumns` of packed_matmul.cc
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("panels", "layer"), meta_fields=("in_features", "out_features")
+    jax.tree_util.register_dataclass,
+    data_fields=("panels", "layer", "rows"),
+    meta_fields=("in_features", "out_features"),
 )
 @dataclasses.dataclass(frozen=True)
 class PackedWeight:
@@ -28,12 +30,14 @@ class PackedWeight:
       in_features: K.
       out_features: N.
       layer: which matrix of a stack is meant; None for a single matrix, or for a stack not indexed yet.
+      rows: how many of the rows it meets are multiplied; None for all.
     """
 
     panels: Float[Array, "*L n_panels K 64"] | Float[Array, "*L n_panels pairs 64 2"]
     in_features: int
     out_features: int
     layer: Int[Array, ""] | None = None
+    rows: Int[Array, ""] | None = None
 
     @property
     def stacked(self) -> bool:
@@ -69,6 +73,13 @@ class PackedWeight:
         if not self.stacked or self.layer is not None:
             raise ValueError(f"at_layer: expected a stack [L, K, N] not indexed yet, found shape {self.shape}")
         return dataclasses.replace(self, layer=jnp.asarray(index, jnp.int32))
+
+    def for_rows(self, rows: Int[Array, ""] | int) -> "PackedWeight":
+        """The same for products of which only the first `rows` rows count, the others being padding.
+
+        Those rows of the result are zeros and take no time: a compiled shape then costs what is in it, not its size.
+        """
+        return dataclasses.replace(self, rows=jnp.asarray(rows, jnp.int32))
 
     def unpack(self) -> Float[Array, "*L K N"]:
         """The plain matrix (or stack) again; of a stack with `layer` set, that one matrix."""

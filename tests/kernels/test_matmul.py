@@ -73,6 +73,22 @@ def test_packed_equals_float64(rows, depth, columns, implementation, dtype):
         assert_close(found, x, w[1], bias, out_dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("implementation", FORMS)
+def test_padding_rows_are_zeros_and_change_nothing(implementation, dtype):
+    rng = np.random.default_rng(10)
+    x, w = jnp.asarray(normal(rng, 9, 301, dtype=dtype)), pack(normal(rng, 2, 301, 70), dtype).at_layer(1)
+    bias = jnp.asarray(normal(rng, 70))
+    product = jax.jit(matmul, static_argnames=("implementation", "out_dtype"))
+    for out_dtype in DTYPES:
+        whole = product(x, w, bias, implementation=implementation, out_dtype=out_dtype)
+        for count in (0, 1, 4, 9, 12):
+            poisoned = x.at[count:].set(jnp.nan)
+            found = product(poisoned, w.for_rows(count), bias, implementation=implementation, out_dtype=out_dtype)
+            np.testing.assert_array_equal(found[:count], whole[:count])
+            assert (np.asarray(found[count:], np.float32) == 0).all()
+
+
 @needs_kernel
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [40, 120])
