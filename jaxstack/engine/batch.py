@@ -62,7 +62,9 @@ def cut(flat, fields: dict[str, tuple[int, ...]]) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class HostBatch:
-    """What one forward pass is launched with. `plan.rows[i]` is sequence i of the arrays."""
+    """What one forward pass is launched with. `plan.rows[i]` is sequence i of the arrays: a draft row is one, too, with
+    the pages of the sequence that it continues.
+    """
 
     plan: StepPlan
     shape: BatchShape
@@ -97,8 +99,11 @@ def pack(plan: StepPlan, shapes: Seq[BatchShape], *, page_size: int, num_pages: 
     for i, row in enumerate(plan.rows):
         sequence, end = row.sequence, row.start + row.count
         if row.count == 1:
-            known = row.start < len(sequence.tokens)
-            f["tokens"][at] = sequence.tokens[row.start] if known else -1 - sequence.slot
+            if row.draft is not None:
+                f["tokens"][at] = row.draft
+            else:
+                known = row.start < len(sequence.tokens)
+                f["tokens"][at] = sequence.tokens[row.start] if known else -1 - sequence.slot
             f["positions"][at] = row.start
             page, offset = divmod(row.start, page_size)
             if page >= sequence.shared_pages:

@@ -34,6 +34,13 @@ class EngineConfig:
       max_adapter_rank: the largest rank that an adapter may have.
       mesh: devices that share the model and its cache, on an axis "tensor"; None for one.
       max_waiting: requests waiting beyond which a new one is refused.
+      batch_invariant: an answer's bits do not depend on who else is served, on what is cached, on how a prompt is cut
+        into chunks, on preemption or guesses. No step has a single row, and the start-up fails with a line if this
+        backend gives the same token other bits in another step. On CPU the compiled kernels do this anyway.
+      speculation: tokens guessed ahead of a sequence from its own past (3 or 4 are usual; 0: none). Answers stay the
+        same; where they repeat themselves or their prompts, they take fewer steps.
+      speculation_rows: guess only while a step, guesses included, has at most so many rows; by default 4 on CPU, where
+        they cost what one does, and 64 elsewhere.
       overlap: start a step before the results of the one before have been read; False takes one after the other.
       seed: of the generator that gives seeds to requests without one.
     """
@@ -50,6 +57,9 @@ class EngineConfig:
     max_adapter_rank: int = 16
     mesh: Mesh | None = None
     max_waiting: int = 1024
+    batch_invariant: bool = False
+    speculation: int = 0
+    speculation_rows: int | None = None
     overlap: bool = True
     seed: int = 0
 
@@ -59,6 +69,10 @@ class EngineConfig:
                 raise UserError(f"{name}: found {getattr(self, name)}, expected an integer >= 1")
         if self.max_adapters < 0:
             raise UserError(f"max_adapters: found {self.max_adapters}, expected an integer >= 0")
+        if not 0 <= self.speculation <= 16:
+            raise UserError(f"speculation: found {self.speculation}, expected an integer from 0 to 16")
+        if self.speculation_rows is not None and self.speculation_rows < 2:
+            raise UserError(f"speculation_rows: found {self.speculation_rows}, expected an integer >= 2")
         if self.page_size & (self.page_size - 1):
             raise UserError(f"page_size: found {self.page_size}, expected a power of two")
         if self.max_batch_tokens < self.max_sequences:
@@ -109,10 +123,21 @@ def sizes(config: EngineConfig, model: DecoderConfig, dtype_bytes: int) -> Sizes
         )
     window = min(window, pages * config.page_size)
     table = -(-window // config.page_size)
-    few, many = min(_FEW_SAMPLES, config.max_sequences), config.max_sequences
-    decode = (BatchShape(rows, rows, table, few if rows <= few else many) for rows in _decode_rows(many))
-    mixed = (BatchShape(rows, many, table, many) for rows in _mixed_rows(config))
+    many = rows_of(config)
+    few = min(_FEW_SAMPLES, many)
+    smallest = 2 if config.batch_invariant else 1
+    decode = (
+        BatchShape(rows, rows, table, few if rows <= few else many) for rows in _decode_rows(many) if rows >= smallest
+    )
+    mixed = (BatchShape(rows, many, table, many) for rows in _mixed_rows(config.max_batch_tokens, many))
     return Sizes(window, pages, (*decode, *mixed))
+
+
+def rows_of(config: EngineConfig) -> int:
+    """Sampled rows of a full step: one a sequence, and no fewer than a lone sequence with its guesses, or one that must
+    not compute alone, can use.
+    """
+    return max(config.max_sequences, 4) if config.speculation or config.batch_invariant else config.max_sequences
 
 
 def _decode_rows(limit: int) -> list[int]:
@@ -121,12 +146,12 @@ def _decode_rows(limit: int) -> list[int]:
     return [r for r in rows if r < limit] + [limit]
 
 
-def _mixed_rows(config: EngineConfig) -> list[int]:
+def _mixed_rows(tokens: int, sequences: int) -> list[int]:
     """Powers of two from 64 up to the token budget, always more than the sequences so that they are no decode steps."""
     rows, size = [], _SMALLEST_MIXED_STEP
-    while size <= config.max_sequences:
+    while size <= sequences:
         size *= 2
-    while size < config.max_batch_tokens:
+    while size < tokens:
         rows.append(size)
         size *= 2
-    return [*rows, max(config.max_batch_tokens, config.max_sequences + 1)]
+    return [*rows, max(tokens, sequences + 1)]

@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from jaxstack.engine.adapters import AdapterRegistry
 from jaxstack.engine.answers import Answers
-from jaxstack.engine.config import EngineConfig, sizes
+from jaxstack.engine.config import EngineConfig, rows_of, sizes
+from jaxstack.engine.invariance import differing_shapes
 from jaxstack.engine.listeners import Collector, Feed, wake_all
 from jaxstack.engine.pipeline import Pipeline
 from jaxstack.engine.prompt_scores import PromptScores
@@ -133,6 +134,7 @@ class Engine:
         self._stopping = False
         self._death: BaseException | None = None
         self._failures = 0
+        self._proved = False
         self._touched: dict[asyncio.AbstractEventLoop, list[Feed]] = {}
 
     @property
@@ -368,9 +370,25 @@ class Engine:
     # The step loop.
 
     def warm_up(self, progress: bool = True) -> None:
-        """Compiles every step. Takes seconds to minutes, once."""
+        """Compiles every step. Takes seconds to minutes, once.
+
+        Raises:
+          UserError: the engine is to be batch invariant, and this backend is not.
+        """
         with self._driving:
             self.runner.warm_up(progress, lambda: self._stopping)
+            if self.config.batch_invariant and self.runner.warm and not self._proved:
+                self._prove_invariance()
+
+    def _prove_invariance(self) -> None:
+        pool = self.scheduler.pool
+        differing = differing_shapes(self.runner, page_size=self.config.page_size, num_pages=pool.size)
+        if differing:
+            raise UserError(
+                f"batch_invariant: found other bits for {len(differing)} ways to compute one token ({differing[0]}"
+                f"{', ...' if len(differing) > 1 else ''}), expected the same; this backend cannot, set it to False"
+            )
+        self._proved = True
 
     def start(self, progress: bool = True) -> None:
         """Warms up and gives the steps a thread of their own."""
@@ -422,6 +440,8 @@ class Engine:
             prefix_queries=counters.prefix_queries,
             prefix_hits=counters.prefix_hits,
             preemptions=counters.preemptions,
+            drafted_tokens=counters.drafted_tokens,
+            accepted_drafts=counters.accepted_drafts,
             prompt_tokens=answers.prompt_tokens,
             generation_tokens=answers.generation_tokens,
             finished=dict(answers.finished),
@@ -468,6 +488,9 @@ class Engine:
             max_sequences=self.config.max_sequences,
             max_batch_tokens=self.config.max_batch_tokens,
             prefix_caching=self.config.prefix_caching,
+            max_rows=rows_of(self.config),
+            speculation=self.config.speculation,
+            speculation_rows=self.config.speculation_rows or (4 if jax.default_backend() == "cpu" else 64),
         )
 
     def _post(self, action: Callable[[], None]) -> None:

@@ -8,7 +8,8 @@ One turn, and what the device does meanwhile (i is the step in flight, i + 1 the
 The input token of a decode row never passes through the host: sampler i leaves it on the device. What the host learns
 from reading step i (who has finished, what a grammar allows next) comes too late for forward i+1, in time for sampler
 i+1: so a sequence that ends runs one row too many, whose token is dropped, and nothing else waits for anybody. A
-sequence that reaches `max_tokens` is known to end beforehand and has no such row.
+sequence that reaches `max_tokens` is known to end beforehand and has no such row. Only steps that guess
+(`speculate.py`) run one after the other: a guess follows tokens that are known.
 """
 
 import collections
@@ -20,6 +21,7 @@ from jaxstack.engine.answers import Answers
 from jaxstack.engine.batch import pack
 from jaxstack.engine.draws import pack_draws
 from jaxstack.engine.prompt_scores import PageScores, pack_targets
+from jaxstack.engine.request import Sequence
 from jaxstack.engine.runner import Runner, StepFuture
 from jaxstack.engine.scheduler import Scheduler, StepPlan
 
@@ -49,6 +51,8 @@ class Pipeline:
         """Starts the next step and settles the one in flight. False when there was nothing of either."""
         begin = time.perf_counter()
         busy = self._in_flight is not None
+        if self._in_flight is not None and (self._in_flight.batch.plan.drafted or self.scheduler.drafting):
+            self.settle()
         plan = self.scheduler.plan()
         if plan is None:  # the step in flight may free the pages that are missing
             self.settle()
@@ -88,11 +92,18 @@ class Pipeline:
         self.scheduler.settled(plan)
         if future.scores is not None:
             self._take_scores(plan, PageScores(*map(np.asarray, future.scores)))
+        accepted: dict[Sequence, list[bool]] = {}
         for i, row in enumerate(plan.rows):
             if row.samples and row.sequence.finish_reason is None:
+                if row.draft is not None:
+                    accepted.setdefault(row.sequence, []).append(self.scheduler.accept(row))
+                    if not accepted[row.sequence][-1]:
+                        continue
                 wanted = row.sequence.request.logprobs
                 logprobs = () if wanted is None or tokens[i] < 0 else (future.logprobs(i, wanted),)
                 self._answers.take(row.sequence, tokens[i], logprobs, now)
+        for sequence, each in accepted.items():
+            sequence.drafter.learn(len(each), sum(each))
 
     def _take_scores(self, plan: StepPlan, scores: PageScores) -> None:
         at = 0

@@ -391,6 +391,7 @@ class Sequence:
     pending: int = 0
     in_flight: int = 0
     cumulative_logprob: float = 0.0
+    drafter: Any = None
 
     @property
     def request_id(self) -> str:

@@ -19,12 +19,14 @@ from collections.abc import Callable, Hashable
 from jaxstack.engine.memory import PagePool, RadixTree
 from jaxstack.engine.request import Sequence
 from jaxstack.engine.scheduling import Policy
+from jaxstack.engine.speculate import Drafter
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """Tokens `[start, start + count)` of a sequence. `samples`: they reach its end, so a new token is drawn. `scores`:
-    the logprobs of the prompt tokens behind each of them are wanted.
+    the logprobs of the prompt tokens behind each of them are wanted. `draft`: the one token, guessed; the row counts
+    only if it turns out to be the right one.
     """
 
     sequence: Sequence
@@ -32,6 +34,7 @@ class Row:
     count: int
     samples: bool
     scores: bool = False
+    draft: int | None = None
 
 
 @dataclasses.dataclass
@@ -45,6 +48,14 @@ class StepPlan:
     def tokens(self) -> int:
         return sum(row.count for row in self.rows)
 
+    @property
+    def drafted(self) -> bool:
+        """Whether it guesses, so that nobody knows how far its sequences get before it has settled."""
+        return any(row.draft is not None for row in self.rows)
+
+
+Rows = dict[Sequence, list[Row]]
+
 
 class _Unsettled(Exception):
     """Pages are short, and the step in flight must settle before anything can be taken from anyone."""
@@ -57,6 +68,8 @@ class SchedulerCounters:
     prefix_queries: int = 0
     prefix_hits: int = 0
     preemptions: int = 0
+    drafted_tokens: int = 0
+    accepted_drafts: int = 0
 
 
 class Scheduler:
@@ -68,6 +81,9 @@ class Scheduler:
       max_sequences: sequences running at once (rows of a step).
       max_batch_tokens: tokens of one step, at least `max_sequences`.
       prefix_caching: keep finished prefixes for reuse.
+      max_rows: sampled rows of a step, drafts included; `max_sequences` by default.
+      speculation: draft tokens a sequence may have in a step (`speculate.py`).
+      speculation_rows: nobody drafts where that would give a step more rows than this.
       clock: seconds, monotonic; a simulator passes its own.
     """
 
@@ -80,6 +96,9 @@ class Scheduler:
         max_sequences: int,
         max_batch_tokens: int,
         prefix_caching: bool = True,
+        max_rows: int = 0,
+        speculation: int = 0,
+        speculation_rows: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.policy = policy
@@ -87,6 +106,8 @@ class Scheduler:
         self.max_sequences = max_sequences
         self.max_batch_tokens = max_batch_tokens
         self.prefix_caching = prefix_caching
+        self.speculation = speculation
+        self.speculation_rows = min(speculation_rows, max(max_rows, max_sequences))
         self.pool = PagePool(num_pages)
         self.tree = RadixTree(self.pool, page_size)
         self.waiting: list[Sequence] = []
@@ -119,9 +140,19 @@ class Scheduler:
         """Whether a launched step has not settled."""
         return self._steps_launched > self._steps_settled
 
+    @property
+    def drafting(self) -> bool:
+        """Whether the next step may guess: then the one in flight has to settle before it is planned."""
+        few = 2 * len(self.running) <= self.speculation_rows and not self.waiting
+        return few and any(sequence.drafter for sequence in self.running)
+
     # The way of a sequence: add, then plan, launched and settled (again and again), finish.
 
     def add(self, sequence: Sequence) -> None:
+        sampling = sequence.request.sampling
+        # Grammars and penalties depend on the tokens before, which a guess does not have for certain.
+        if self.speculation and sampling.guide is None and not sampling.penalised:
+            sequence.drafter = Drafter(self.speculation)
         self.waiting.append(sequence)
 
     def plan(self) -> StepPlan | None:
@@ -129,12 +160,12 @@ class Scheduler:
 
         None: pages are short and a step is in flight. Settle it (it may free some), then plan again.
         """
-        rows: dict[Sequence, Row] = {}
+        rows: Rows = {}
         try:
             self._fill(rows)
         except _Unsettled:
             return None
-        chosen = list(rows.values())
+        chosen = [row for each in rows.values() for row in each]
         decodes = [r for r in chosen if r.count == 1 and r.samples]
         chunks = [r for r in chosen if not (r.count == 1 and r.samples)]
         return StepPlan(decodes + chunks, len(decodes))
@@ -161,6 +192,10 @@ class Scheduler:
             sequence = row.sequence
             sequence.in_flight -= 1
             sequence.pending -= row.samples
+            if row.draft is not None:
+                continue
+            if plan.drafted:
+                sequence.computed = row.start + row.count  # not further, until drafts prove right
             if sequence.finish_reason is None:
                 fresh = max(0, min(row.start + row.count, len(sequence.request.prompt)) - row.start)
                 self.policy.on_tokens(sequence, fresh, int(row.samples))
@@ -169,6 +204,17 @@ class Scheduler:
                 self._release(sequence, keep=sequence.finish_reason != "error")
         while self._retired and self._retired[0][0] <= self._steps_settled:
             self.pool.release(self._retired.popleft()[1])
+
+    def accept(self, row: Row) -> bool:
+        """Whether a settled draft row counts, all rows before it having been taken: its guess was right."""
+        sequence = row.sequence
+        self.counters.drafted_tokens += 1
+        if row.start >= len(sequence.tokens) or sequence.tokens[row.start] != row.draft:
+            return False
+        self.counters.accepted_drafts += 1
+        sequence.computed = row.start + 1
+        self.policy.on_tokens(sequence, 0, 1)
+        return True
 
     def keep_scores(self, sequence: Sequence) -> None:
         """Leaves the scores of a prompt that is computed with its pages in the prefix cache."""
@@ -213,30 +259,46 @@ class Scheduler:
 
     # Inside.
 
-    def _fill(self, rows: dict[Sequence, Row]) -> None:
+    def _fill(self, rows: Rows) -> None:
         ready = [s for s in self.running if not s.complete]
         decoding = [s for s in ready if s.remaining == 1]
         prefilling = [s for s in ready if s.remaining > 1]
         budget = self.max_batch_tokens
         for sequence in decoding:
             if sequence.slot >= 0 and self._reserve(sequence, sequence.length, rows):
-                rows[sequence] = Row(sequence, sequence.computed, 1, True)
-                budget -= 1
+                rows[sequence] = [Row(sequence, sequence.computed, 1, True)]
+                if self.drafting:
+                    rows[sequence] += self._drafts(sequence)
+                budget -= len(rows[sequence])
         for sequence in prefilling:
             budget -= self._chunk(sequence, budget, rows)
         if self.waiting and budget > 0 and self._slots:
             self._admit(budget, rows)
 
-    def _chunk(self, sequence: Sequence, budget: int, rows: dict[Sequence, Row]) -> int:
+    def _drafts(self, sequence: Sequence) -> list[Row]:
+        """Rows of guesses behind the one row that is certain. They take free pages but nobody else's."""
+        if sequence.drafter is None or sequence.pending:
+            return []
+        known = len(sequence.tokens)
+        share = self.speculation_rows // len(self.running) - 1
+        free = (len(sequence.pages) + self.pool.free) * self.page_size - known
+        useful = sequence.request.max_tokens - sequence.generated - 1
+        draft = sequence.drafter.propose(sequence.tokens, min(share, free, useful))
+        need = self._pages_for(known + len(draft)) - len(sequence.pages)
+        if need > 0:
+            sequence.pages.extend(self.pool.allocate(need))
+        return [Row(sequence, known + i, 1, True, draft=token) for i, token in enumerate(draft)]
+
+    def _chunk(self, sequence: Sequence, budget: int, rows: Rows) -> int:
         """Plans as much of a prompt as `budget` allows; returns the tokens planned."""
         count = min(sequence.remaining, budget)
         if count <= 0 or sequence.slot < 0 or not self._reserve(sequence, sequence.computed + count, rows):
             return 0
         scores = sequence.scoring and sequence.computed + 1 < len(sequence.request.prompt)
-        rows[sequence] = Row(sequence, sequence.computed, count, count == sequence.remaining, scores)
+        rows[sequence] = [Row(sequence, sequence.computed, count, count == sequence.remaining, scores)]
         return count
 
-    def _admit(self, budget: int, rows: dict[Sequence, Row]) -> None:
+    def _admit(self, budget: int, rows: Rows) -> None:
         ordered = sorted(self.policy.order(self.waiting, self), key=lambda s: s.priority)
         for sequence in ordered:
             if budget <= 0 or not self._slots:
@@ -292,7 +354,7 @@ class Scheduler:
                 return True
         return False
 
-    def _reserve(self, sequence: Sequence, tokens: int, rows: dict[Sequence, Row]) -> bool:
+    def _reserve(self, sequence: Sequence, tokens: int, rows: Rows) -> bool:
         """Pages for the first `tokens` tokens; evicts and preempts as needed. False: `sequence` was preempted."""
         need = self._pages_for(tokens) - len(sequence.pages)
         while need > self.pool.free:

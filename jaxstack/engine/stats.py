@@ -15,6 +15,7 @@ class EngineStats:
         one before, so this is still time per step.
       host_seconds: the part of it in which the host worked (plan, pack, launch, take) instead of waiting for the
         device: divided by `steps`, the engine's overhead a step, most of it hidden behind the device's work.
+      drafted_tokens, accepted_drafts: guesses computed, and those that were right: each is a step saved.
       step_rows, step_padding: token rows computed for somebody, and for nobody.
       iteration_tokens: how many steps computed exactly so many tokens.
       recompilations: programs compiled since the warm-up; zero is the promise.
@@ -29,6 +30,8 @@ class EngineStats:
     prefix_queries: int
     prefix_hits: int
     preemptions: int
+    drafted_tokens: int
+    accepted_drafts: int
     prompt_tokens: int
     generation_tokens: int
     finished: dict[str, int]
