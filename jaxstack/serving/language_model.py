@@ -7,6 +7,7 @@ they hold.
 
 import asyncio
 import dataclasses
+import json
 import urllib.parse
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,12 +16,25 @@ from typing import Any, Protocol
 import httpx
 import openai
 
-from jaxstack.engine import Completion, Delta, Engine, SamplingParams, TokenLogprob
+from jaxstack.engine import Completion, Delta, Engine, Guide, SamplingParams, TokenLogprob
 from jaxstack.models.chat_template import Messages
 from jaxstack.models.tokenizer import Tokenizer
 from jaxstack.runtime.errors import UserError
 
 Prompt = str | Messages
+
+# Sampling parameters that OpenAI does not have, under vLLM's names.
+_EXTENDED = (
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "min_tokens",
+    "allowed_token_ids",
+    "stop_token_ids",
+    "ignore_eos",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+)
 Sampling = SamplingParams | Sequence[SamplingParams]
 
 
@@ -226,8 +240,9 @@ class EndpointModel:
 
     def _body(self, prompt: Prompt, sampling: SamplingParams, chat_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
         """Arguments of the client's `create`."""
-        if sampling.logprobs is not None:
-            raise UserError("logprobs: an endpoint names tokens by text, not by id; ask it with the openai client")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(sampling, name) is not None:
+                raise UserError(f"{name}: an endpoint names tokens by text, not by id; ask it with the openai client")
         body: dict[str, Any] = {
             "model": self.model,
             "n": sampling.n,
@@ -239,12 +254,27 @@ class EndpointModel:
         if sampling.stop:
             body["stop"] = list(sampling.stop)
         plain = SamplingParams()
-        names = ("top_k", "stop_token_ids", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens")
-        extra = {name: getattr(sampling, name) for name in names if getattr(sampling, name) != getattr(plain, name)}
+        for name in ("presence_penalty", "frequency_penalty"):
+            if getattr(sampling, name) != getattr(plain, name):
+                body[name] = getattr(sampling, name)
+        if sampling.logit_bias:
+            body["logit_bias"] = {str(token): value for token, value in dict(sampling.logit_bias).items()}
+        extra = {name: getattr(sampling, name) for name in _EXTENDED if getattr(sampling, name) != getattr(plain, name)}
+        if "allowed_token_ids" in extra:
+            extra["allowed_token_ids"] = list(sampling.allowed_token_ids or ())
+        if sampling.guide is not None:
+            extra["structured_outputs"] = _structured_outputs(sampling.guide)
+        if sampling.best_of is not None and isinstance(prompt, str):
+            body["best_of"] = sampling.best_of
+        elif sampling.best_of is not None:
+            extra["best_of"] = sampling.best_of
         if isinstance(prompt, str):
             body["prompt"] = prompt
         else:
             body["messages"] = list(prompt)
+            if self._extended:
+                # Thinking stays in the text, as with an engine of our own.
+                extra["separate_reasoning"] = False
             template = dict(chat_kwargs or {})
             for name in ("add_generation_prompt", "continue_final_message"):
                 if name in template:
@@ -279,6 +309,15 @@ class EndpointModel:
             content = {"model": self.model, "prompt": prompt}
             counted = self._client.post(f"{root}/tokenize", body=content, cast_to=dict[str, Any])
         return max(1, counted["max_model_len"] - counted["count"])
+
+
+def _structured_outputs(guide: Guide) -> dict[str, Any]:
+    """A guide in vLLM's words."""
+    if guide.kind == "json_object":
+        return {"json_object": True}
+    if guide.kind == "choice":
+        return {"choice": json.loads(guide.text)}
+    return {{"json_schema": "json", "regex": "regex", "lark": "grammar"}[guide.kind]: guide.text}
 
 
 class plain_errors:

@@ -250,18 +250,7 @@ class CompletionRequest(Request):
 
     def prompts(self) -> list[str | list[int]]:
         """Every prompt, as text or as token ids."""
-        prompt = self.prompt
-        if isinstance(prompt, str):
-            return [prompt]
-        if isinstance(prompt, list) and prompt:
-            if all(_is_integer(token) for token in prompt):
-                return [prompt]
-            if all(isinstance(text, str) for text in prompt):
-                return list(prompt)
-            if all(isinstance(ids, list) and ids and all(_is_integer(token) for token in ids) for ids in prompt):
-                return list(prompt)
-        expected = "a string, a list of strings, a list of token ids, or a list of such lists, none empty"
-        raise bad_field("prompt", prompt, expected)
+        return read_prompts(self.prompt, "prompt")
 
     def alternatives(self) -> int | None:
         return self.logprobs
@@ -376,6 +365,21 @@ def read_as(model: type[_Model], body: bytes) -> _Model:
         return model.model_validate(content)
     except pydantic.ValidationError as error:
         raise _first_error(error, content) from None
+
+
+def read_prompts(found: Any, where: str) -> list[str | list[int]]:
+    """A text, several, token ids, or several lists of them. Raises ApiError."""
+    if isinstance(found, str):
+        return [found]
+    if isinstance(found, list) and found:
+        if all(_is_integer(token) for token in found):
+            return [found]
+        if all(isinstance(text, str) for text in found):
+            return list(found)
+        if all(isinstance(ids, list) and ids and all(_is_integer(token) for token in ids) for ids in found):
+            return list(found)
+    expected = "a string, a list of strings, a list of token ids, or a list of such lists, none empty"
+    raise bad_field(where, found, expected)
 
 
 def _refuse_what_is_not_done(content: Mapping[str, Any], known: Mapping[str, Any]) -> None:
