@@ -24,6 +24,14 @@ _SEED = flags.DEFINE_integer("seed", _DEFAULT.seed, "of the seeds given to reque
 _ADAPTERS = flags.DEFINE_list("adapters", [], "LoRA adapters to load: NAME=FOLDER,NAME=FOLDER")
 _MAX_ADAPTERS = flags.DEFINE_integer("max_adapters", None, "adapters loaded at once; by default those of --adapters")
 _RANK = flags.DEFINE_integer("max_adapter_rank", _DEFAULT.max_adapter_rank, "the largest rank of an adapter")
+_SPECULATION = flags.DEFINE_integer(
+    "speculation", _DEFAULT.speculation, "tokens guessed ahead from a request's own past"
+)
+_INVARIANT = flags.DEFINE_bool(
+    "batch_invariant",
+    _DEFAULT.batch_invariant,
+    "the same bits for a request alone, in a crowd, and with a cached prefix",
+)
 TOOLS: Any = flags.DEFINE_enum(
     "tool_parser",
     "auto",
@@ -71,6 +79,8 @@ def engine_config(**changes: Any) -> EngineConfig:
         "max_waiting": _WAITING.value,
         "max_adapters": len(_adapters()) if _MAX_ADAPTERS.value is None else _MAX_ADAPTERS.value,
         "max_adapter_rank": _RANK.value,
+        "speculation": _SPECULATION.value,
+        "batch_invariant": _INVARIANT.value,
         "seed": _SEED.value,
     }
     return EngineConfig(**{**settings, **changes})
