@@ -168,13 +168,37 @@ struct Attention {
     }
   }
 
-  const Cached* Row(const Unit& unit, int64_t token) const {
-    const int64_t page = tables[unit.sequence * table_pages + token / page_size];
-    return kv + ((page * page_size + token % page_size) * 2 * kv_heads + 2 * unit.kv_head) * head_dim;
+  // Where the tokens of a block lie, key first and value right behind it, and has their way to the cache begin. Past the end of what
+  // is wanted the last token again: masked, but finite.
+  void Find(const Unit& unit, int64_t base, int64_t end, const Cached** rows) const {
+    const int64_t count = std::min(kTokens, end - base), stride = 2 * kv_heads * head_dim;
+    const int32_t* table = tables + unit.sequence * table_pages + base / page_size;
+    int64_t slot = base % page_size;
+    const Cached* page = nullptr;
+    for (int64_t t = 0; t < count; ++t, ++slot) {
+      if (slot == page_size) {
+        slot = 0;
+        ++table;
+        page = nullptr;
+      }
+      if (!page) page = kv + *table * page_size * stride + 2 * unit.kv_head * head_dim;
+      rows[t] = page + slot * stride;
+      const char* bytes = reinterpret_cast<const char*>(rows[t]);
+      for (size_t b = 0; b < 2 * head_dim * sizeof(Cached); b += 64) __builtin_prefetch(bytes + b, 0, 2);
+    }
+    std::fill(rows + count, rows + kTokens, rows[count - 1]);
   }
 
   void Compute(const Unit& unit, Scratch& s) const {
     const int64_t group = heads / kv_heads, dim = head_dim;
+    // Position of the unit's first row; the rows of a sequence are its last tokens.
+    const int64_t length = kv_lens[unit.sequence];
+    const int64_t first = length - (starts[unit.sequence + 1] - unit.first_row);
+    const int64_t end = first + unit.rows;
+    const int64_t begin = std::max<int64_t>(0, first - window + 1) / kTokens * kTokens;
+    // One block is on its way from memory while the block before it is worked on.
+    const Cached* found[2][kTokens];
+    Find(unit, begin, end, found[0]);
     // Queries are padded to a multiple of kQueries with zeros, whose results nobody reads.
     const int64_t n = unit.rows * group, padded = CeilDiv(n, kQueries) * kQueries;
     s.query.assign(padded * dim, 0.0f);
@@ -187,18 +211,11 @@ struct Attention {
       const Query* from = q + Offset(unit, i);
       for (int64_t d = 0; d < dim; d += kLanes) Store(&s.query[i * dim + d], Load(from + d) * scale);
     }
-    // Position of the unit's first row; the rows of a sequence are its last tokens.
-    const int64_t length = kv_lens[unit.sequence];
-    const int64_t first = length - (starts[unit.sequence + 1] - unit.first_row);
-    const int64_t end = first + unit.rows;
-    const Cached* values[kTokens];
-    for (int64_t base = std::max<int64_t>(0, first - window + 1) / kTokens * kTokens; base < end; base += kTokens) {
+    for (int64_t base = begin; base < end; base += kTokens) {
       const int64_t count = std::min(kTokens, end - base);
-      const Cached* rows[kTokens];
-      for (int64_t t = 0; t < kTokens; ++t) {
-        rows[t] = Row(unit, base + std::min(t, count - 1));  // past the end the last token again: masked, but finite
-        values[t] = rows[t] + dim;
-      }
+      const int64_t turn = (base - begin) / kTokens % 2;
+      const Cached* const* rows = found[turn];
+      if (base + kTokens < end) Find(unit, base + kTokens, end, found[1 - turn]);
       for (int64_t t = 0; t < count; t += kLanes) {
         for (int64_t d = 0; d < dim; d += kLanes) Turn(rows + t, d, &s.keys[d * kTokens + t]);
       }
@@ -210,7 +227,7 @@ struct Attention {
         const int64_t to = std::clamp<int64_t>(position + 1 - base, 0, kTokens);
         Softmax(&s.scores[i * kTokens], from, to, s.top[i], s.total[i], &s.out[i * dim]);
       }
-      for (int64_t i = 0; i < padded; i += kQueries) AddValues(&s.scores[i * kTokens], values, count, &s.out[i * dim]);
+      for (int64_t i = 0; i < padded; i += kQueries) AddValues(&s.scores[i * kTokens], rows, count, &s.out[i * dim]);
     }
     for (int64_t i = 0; i < n; ++i) {
       Query* to = out + Offset(unit, i);
@@ -286,18 +303,19 @@ struct Attention {
   }
 
   // out[i] += sum over tokens of weight * value, for kQueries queries, four registers of the head at a time.
-  void AddValues(const float* weights, const Cached* const* values, int64_t count, float* out) const {
+  // A value lies behind its key.
+  void AddValues(const float* weights, const Cached* const* rows, int64_t count, float* out) const {
     for (int64_t d = 0; d < head_dim; d += 4 * kLanes) {
       const int64_t vecs = std::min<int64_t>(4, (head_dim - d) / kLanes);
-      vecs == 4 ? AddSlab<4>(weights, values, count, out + d, d)
-      : vecs == 3 ? AddSlab<3>(weights, values, count, out + d, d)
-      : vecs == 2 ? AddSlab<2>(weights, values, count, out + d, d)
-                  : AddSlab<1>(weights, values, count, out + d, d);
+      vecs == 4 ? AddSlab<4>(weights, rows, count, out + d, head_dim + d)
+      : vecs == 3 ? AddSlab<3>(weights, rows, count, out + d, head_dim + d)
+      : vecs == 2 ? AddSlab<2>(weights, rows, count, out + d, head_dim + d)
+                  : AddSlab<1>(weights, rows, count, out + d, head_dim + d);
     }
   }
 
   template <int kVecs>
-  void AddSlab(const float* weights, const Cached* const* values, int64_t count, float* out, int64_t d) const {
+  void AddSlab(const float* weights, const Cached* const* rows, int64_t count, float* out, int64_t at) const {
     Vec sum[kQueries][kVecs];
     for (int64_t i = 0; i < kQueries; ++i) {
       for (int64_t v = 0; v < kVecs; ++v) sum[i][v] = Load(out + i * head_dim + v * kLanes);
@@ -305,7 +323,7 @@ struct Attention {
     for (int64_t t = 0; t < count; ++t) {
       Vec value[kVecs];
 #pragma GCC unroll 4
-      for (int64_t v = 0; v < kVecs; ++v) value[v] = Load(values[t] + d + v * kLanes);
+      for (int64_t v = 0; v < kVecs; ++v) value[v] = Load(rows[t] + at + v * kLanes);
 #pragma GCC unroll 4
       for (int64_t i = 0; i < kQueries; ++i) {
         const Vec weight = Splat(weights[i * kTokens + t]);
