@@ -1,44 +1,39 @@
 """Drawing tokens from logits, inside the jitted step.
 
-No sort, no noise over the vocabulary. Every filter is a property of the row: top-k and top-p that end inside the 64
-largest logits are settled there; the rest finds its threshold by bisection on the bits of the logits, which is exact;
-and one uniform number per (seed, choice, position) picks the token by its place in the cumulative distribution. So a
-row's token depends on its logits and its own parameters alone, never on its batch.
+No sort, no noise over the vocabulary. Every filter is a property of the row: what top-k, top-p and min-p leave is
+settled among the 64 largest logits where it ends there; the rest finds its threshold in the whole row, exactly; and one
+uniform number per (seed, choice, position) picks the token by its place in the cumulative distribution. So a row's
+token depends on its logits and its own parameters alone, never on its batch.
 
-Order of the filters: temperature, top-k, top-p of the mass that top-k left (a token stays if the mass strictly before
-it is below p). Equal logits count in order of token id.
+Order: the rules of `logit_rules` (bias, masks, penalties), temperature, top-k, top-p of the mass that top-k left (a
+token stays if the mass strictly before it is below p), min-p (a token stays if it is at least that share of the
+likeliest). Equal logits count in order of token id. What no row asks for is skipped, and costs a comparison.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Float, Int
 
+from jaxstack.engine.logit_rules import PROCESSED, RowParams, SlotState, apply_rules, touched
 from jaxstack.engine.request import MAX_LOGPROBS
 
 # Candidates looked at before the whole vocabulary is.
 WINDOW = 64
 # Columns summed as one in the search for the drawn token.
 _BLOCK = 512
-
-
-class RowParams(NamedTuple):
-    """One entry per row. `top_k` 0 keeps all. `seed` is 64 bits in two words; `choice` and `position` count from 0."""
-
-    temperature: Float[Array, " rows"]
-    top_p: Float[Array, " rows"]
-    top_k: Int[Array, " rows"]
-    seed: UInt[Array, "rows 2"]
-    choice: Int[Array, " rows"]
-    position: Int[Array, " rows"]
-    wants_logprobs: Int[Array, ""]
+# What a token that cannot be drawn is reported with: JSON has no infinity.
+_NEVER = -9999.0
 
 
 class Sampled(NamedTuple):
-    """`token` is -1 where the logits were not finite.
+    """`token` is -1 where the logits were not finite, or the rules left nothing to draw.
 
-    Log probabilities are of the unmodified distribution, zeros if not wanted.
+    Log probabilities are of the unmodified distribution, or of the one drawn from where the row asks for that (flag
+    `PROCESSED`): after the rules, temperature and filters; a greedy row has only the rules. Zeros if not wanted, at
+    least -9999.
     """
 
     token: Int[Array, " rows"]
@@ -47,74 +42,140 @@ class Sampled(NamedTuple):
     top_logprobs: Float[Array, "rows alternatives"]
 
 
-def sample(logits: Float[Array, "rows vocab"], params: RowParams) -> Sampled:
-    """Draws one token a row. `logits` are float32, -inf where a token cannot be."""
-    rows, vocab = logits.shape
-    top, first = jax.lax.top_k(logits, 1)  # the quickest arg max on CPU, and ties go to the lowest id
-    greedy = first[:, 0]
-    random = params.temperature >= 1e-5
-    width = min(WINDOW, vocab)
-    alternatives = min(MAX_LOGPROBS, width)
+def sample(
+    logits: Float[Array, "rows vocab"],
+    params: RowParams,
+    state: SlotState,
+    grammar: Int[Array, "rows words"],
+) -> Sampled:
+    """Draws one token a row.
 
-    token = jax.lax.cond(
-        random.any(),
-        lambda: jnp.where(random, _draw(logits, params, width), greedy),
-        lambda: greedy,
-    )
-
-    def with_logprobs():
-        values, ids = jax.lax.top_k(logits, alternatives)
-        norm = jax.nn.logsumexp(logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, jnp.maximum(token, 0)[:, None], axis=-1)[:, 0]
-        return chosen - norm, ids, values - norm[:, None]
-
-    def without():
-        shape = (rows, alternatives)
-        return jnp.zeros((rows,), logits.dtype), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, logits.dtype)
-
-    logprob, ids, values = jax.lax.cond(params.wants_logprobs > 0, with_logprobs, without)
-    # NaN compares as the largest in top_k, so the first value tells of any in the row.
-    return Sampled(jnp.where(jnp.isfinite(top[:, 0]), token, -1), logprob, ids, values)
-
-
-def _draw(logits, params, width):
-    """A token of every row as if it were random; greedy rows are thrown away by the caller."""
+    Args:
+      logits: float32, -inf where a token cannot be.
+      state: what `logit_rules` keeps of the rows' sequences.
+      grammar: bits of the tokens that guided rows may draw; other rows' bits are not read.
+    """
     vocab = logits.shape[1]
-    scaled = logits / jnp.maximum(params.temperature, 1e-5)[:, None]
+    top, first = jax.lax.top_k(logits, 1)  # the quickest arg max on CPU, and ties go to the lowest id
+    random = params.temperature >= 1e-5
+    ruled = touched(params).any()
+
+    def scaled():
+        divisor = jnp.where(random, params.temperature, 1.0)[:, None]
+        return jax.lax.cond(
+            ruled, lambda: apply_rules(logits, params, state, grammar) / divisor, lambda: logits / divisor
+        )
+
+    def other_than_greedy():
+        return _draw(scaled(), params, random)
+
+    token = jax.lax.cond(random.any() | ruled, other_than_greedy, lambda: first[:, 0])
+    logprobs = jax.lax.cond(
+        params.wants_logprobs > 0,
+        lambda: _reported(logits, scaled, token, params, random),
+        lambda: _unreported(logits.shape[0], min(MAX_LOGPROBS, vocab)),
+    )
+    # NaN compares as the largest in top_k, so the first value tells of any in the row.
+    return Sampled(jnp.where(jnp.isfinite(top[:, 0]), token, -1), *logprobs)
+
+
+def _draw(scaled, params, random):
+    """A token of every row; -1 where every logit is -inf."""
+    rows, vocab = scaled.shape
+    width = min(WINDOW, vocab)
     values, ids = jax.lax.top_k(scaled, width)
     highest = values[:, :1]
-    uniform = jax.vmap(_uniform)(params.seed, params.choice, params.position)
+    possible = highest[:, 0] > -jnp.inf
+    # A row without hope must not make NaN of its differences.
+    base = jnp.where(possible[:, None], highest, 0.0)
+
+    def by_chance():
+        uniform = jax.vmap(_uniform)(params.seed, params.choice, params.position)
+        return jnp.where(random, _draw_at(scaled, values, ids, base, uniform, random, params), ids[:, 0])
+
+    token = jax.lax.cond(random.any(), by_chance, lambda: ids[:, 0])
+    return jnp.where(possible, token, -1)
+
+
+def _draw_at(scaled, values, ids, highest, uniform, random, params):
+    """The token at `uniform` of each row's filtered distribution; greedy rows are thrown away by the caller."""
+    width, vocab = values.shape[1], scaled.shape[1]
 
     # Inside the window, in order of rank.
     weights = jnp.exp(values - highest)
     total = jnp.exp(scaled - highest).sum(-1)
     by_rank = params.top_k > 0
+    ends_by_rank = by_rank & (params.top_k <= width)
     rank = jnp.arange(width)
     weights = jnp.where(by_rank[:, None] & (rank >= params.top_k[:, None]), 0.0, weights)
-    mass = jnp.where(by_rank & (params.top_k <= width), weights.sum(-1), total)
+    mass = jnp.where(ends_by_rank, weights.sum(-1), total)
     limit = params.top_p * mass
     before = _running_sum(weights) - weights
-    kept = jnp.where((before < limit[:, None]) & (weights > 0), weights, 0.0)
+    whole = params.top_p >= 1.0
+    kept = (whole[:, None] | (before < limit[:, None])) & (weights > 0) & (weights >= params.min_p[:, None])
+    kept = jnp.where(kept, weights, 0.0)
     cumulative = _running_sum(kept)
     target = uniform * cumulative[:, -1]
     place = jnp.minimum((cumulative <= target[:, None]).sum(-1), (kept > 0).sum(-1) - 1)
     inside = jnp.take_along_axis(ids, jnp.maximum(place, 0)[:, None], axis=-1)[:, 0]
 
-    # Settled there if top-k ends in the window, or top-p does with the whole vocabulary as its base.
-    ends_by_rank = by_rank & (params.top_k <= width)
-    ends_by_mass = ~by_rank & (params.top_p < 1.0) & (before[:, -1] + weights[:, -1] >= limit)
-    settled = ends_by_rank | ends_by_mass | (width == vocab)
+    # Settled there if a filter ends in the window, provided that top-p's base is known: all, or what top-k left.
+    known = ~by_rank | ends_by_rank
+    ends_by_mass = ~by_rank & ~whole & (before[:, -1] + weights[:, -1] >= limit)
+    ends_by_share = (known | whole) & (weights[:, -1] < params.min_p)
+    settled = ends_by_rank | ends_by_mass | ends_by_share | ~random | (width == vocab)
 
     def everywhere():
-        unfiltered = ~by_rank & (params.top_p >= 1.0)
+        unfiltered = ~by_rank & whole & (params.min_p <= 0.0)
         weights = jax.lax.cond(
             (settled | unfiltered).all(),
             lambda: jnp.exp(scaled - highest),
-            lambda: jnp.where(unfiltered[:, None], jnp.exp(scaled - highest), _filtered(scaled, highest, params)),
+            lambda: jnp.where(
+                unfiltered[:, None] | _kept(scaled, params, ~settled & ~unfiltered), jnp.exp(scaled - highest), 0.0
+            ),
         )
         return jnp.where(settled, inside, _inverse_cdf(weights, uniform))
 
     return jax.lax.cond(settled.all(), lambda: inside, everywhere)
+
+
+def _reported(logits, scaled, token, params, random):
+    """(of the token, ids of the likeliest, theirs) in natural logarithms, each row of the distribution it asks for."""
+    processed = (params.flags & PROCESSED) != 0
+    raw = _log_probabilities(logits, token)
+
+    def with_processed():
+        z = scaled()
+        own = _log_probabilities(jnp.where(~random[:, None] | _kept(z, params, random & processed), z, -jnp.inf), token)
+        return tuple(jnp.where(processed.reshape(-1, *[1] * (a.ndim - 1)), a, b) for a, b in zip(own, raw))
+
+    return jax.lax.cond(processed.any(), with_processed, lambda: raw)
+
+
+def _log_probabilities(z, token):
+    values, ids = jax.lax.top_k(z, min(MAX_LOGPROBS, z.shape[1]))
+    norm = jax.nn.logsumexp(z, axis=-1)
+    chosen = jnp.take_along_axis(z, jnp.maximum(token, 0)[:, None], axis=-1)[:, 0]
+    return jnp.maximum(chosen - norm, _NEVER), ids, jnp.maximum(values - norm[:, None], _NEVER)
+
+
+def _unreported(rows, alternatives):
+    shape = (rows, alternatives)
+    return jnp.zeros((rows,), jnp.float32), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+
+
+def _kept(scaled, params, asked):
+    """What top-k, top-p and min-p leave of each row for which they are `asked`; exact, ties by lowest id."""
+    neutral = lambda value, nothing: jnp.where(asked, value, nothing)  # noqa: E731
+    value, ties = sample_threshold(
+        scaled, neutral(params.top_k, 0), neutral(params.top_p, 1.0), neutral(params.min_p, 0.0)
+    )
+    above = scaled > value[:, None]
+    equal = scaled == value[:, None]
+    # Mostly all equal ones stay, and then there is nothing to count.
+    return above | jax.lax.cond(
+        (equal.sum(-1) > ties).any(), functools.partial(_first_of, count=ties), lambda flags: flags, equal
+    )
 
 
 def _uniform(seed, choice, position):
@@ -123,22 +184,25 @@ def _uniform(seed, choice, position):
     return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, choice), position), (), jnp.float32)
 
 
-def _filtered(scaled, highest, params):
-    """exp(scaled - highest) with everything outside top-k, then top-p, set to zero; exact, ties by lowest id."""
+class Threshold(NamedTuple):
+    value: Float[Array, " rows"]
+    ties: Int[Array, " rows"]
+
+
+def sample_threshold(scaled, top_k, top_p, min_p):
+    """Interim, the contract of kernels.sample_threshold."""
     vocab = scaled.shape[1]
+    highest = scaled.max(-1, keepdims=True)
+    highest = jnp.where(highest > -jnp.inf, highest, 0.0)
     weights = jnp.exp(scaled - highest)
     order = _sortable(scaled)
-
-    # Top-k: the largest threshold with at least k logits at or above it; of those equal to it, the first ones.
-    k = jnp.where(params.top_k > 0, jnp.minimum(params.top_k, vocab), vocab)
+    k = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab)
     threshold = _bisect(lambda t: (order >= t[:, None]).sum(-1) >= k, order)
     above = order > threshold[:, None]
     ties = order == threshold[:, None]
     weights = jnp.where(above | _first_of(ties, k - above.sum(-1)), weights, 0.0)
-
-    # Top-p: the largest threshold with at least that mass at or above it; of those equal to it, the first ones: each
-    # while the mass before it is below p.
-    limit = params.top_p * weights.sum(-1)
+    limit = top_p * weights.sum(-1)
+    kt = threshold
     threshold = _bisect(lambda t: jnp.where(order >= t[:, None], weights, 0.0).sum(-1) >= limit, order)
     above = order > threshold[:, None]
     ties = (order == threshold[:, None]) & (weights > 0)
@@ -146,7 +210,10 @@ def _filtered(scaled, highest, params):
     missing = limit - jnp.where(above, weights, 0.0).sum(-1)
     count = jnp.ceil(missing / jnp.maximum(each, 1e-37)).astype(jnp.int32)
     kept = jnp.where(above | _first_of(ties, count), weights, 0.0)
-    return jnp.where((params.top_p >= 1.0)[:, None], weights, kept)
+    kept = jnp.where((top_p >= 1.0)[:, None], weights, kept)
+    kept = jnp.where(kept >= min_p[:, None], kept, 0.0)
+    value = jnp.where(kept > 0, scaled, jnp.inf).min(-1)
+    return Threshold(value, ((scaled == value[:, None]) & (kept > 0)).sum(-1))
 
 
 def _sortable(x):

@@ -7,23 +7,32 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxstack.engine.sampling import RowParams, _filtered, _inverse_cdf, sample
+from jaxstack.engine.logit_rules import PROCESSED, RowParams, new_state, words
+from jaxstack.engine.sampling import _inverse_cdf, _kept, sample
 
 
-def params(rows, *, temperature=1.0, top_p=1.0, top_k=0, seed=0, position=None, logprobs=0):
-    full = lambda value, dtype: jnp.full((rows,), value, dtype)  # noqa: E731
+def params(rows, *, seed=0, position=None, logprobs=0, **given):
+    neutral = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "repetition": 1.0, "frequency": 0.0, "presence": 0.0}
+    zeros = ("top_k", "choice", "slot", "prompt_length", "biases", "flags")
     return RowParams(
-        full(temperature, jnp.float32),
-        full(top_p, jnp.float32),
-        full(top_k, jnp.int32),
-        jnp.tile(jnp.array([[0, seed]], jnp.uint32), (rows, 1)),
-        jnp.zeros((rows,), jnp.int32),
-        jnp.arange(rows) if position is None else full(position, jnp.int32),
-        jnp.int32(logprobs),
+        **{name: jnp.full((rows,), given.get(name, value), jnp.float32) for name, value in neutral.items()},
+        **{name: jnp.full((rows,), given.get(name, 0), jnp.int32) for name in zeros},
+        seed=jnp.tile(jnp.array([[0, seed]], jnp.uint32), (rows, 1)),
+        position=jnp.arange(rows) if position is None else jnp.full((rows,), position, jnp.int32),
+        wants_logprobs=jnp.int32(logprobs),
     )
 
 
-def allowed(logits, temperature, top_k, top_p):
+def draw(logits, params):
+    """Rows without any rule."""
+    rows, vocab = logits.shape
+    return jitted(logits, params, new_state(1, 1, vocab), jnp.zeros((rows, words(vocab)), jnp.int32))
+
+
+jitted = jax.jit(sample)
+
+
+def allowed(logits, temperature, top_k, top_p, min_p=0.0):
     """Token ids that may be drawn and their probabilities, by sorting in float64."""
     z = np.asarray(logits, np.float64) / temperature
     order = np.argsort(-z, kind="stable")
@@ -32,36 +41,37 @@ def allowed(logits, temperature, top_k, top_p):
     p = np.exp(z[order] - z[order[0]])
     p /= p.sum()
     before = np.cumsum(p) - p
-    keep = (before < top_p) & (p > 0)
+    keep = (before < top_p) & (p > 0) & (p >= min_p * p[0])
     p = np.where(keep, p, 0)
     out = np.zeros(len(z))
     out[order] = p / p.sum()
     return out
 
 
-draw = jax.jit(sample)
-
-
 @pytest.mark.parametrize(
-    ("top_k", "top_p", "temperature", "vocab"),
+    ("top_k", "top_p", "min_p", "temperature", "vocab"),
     [
-        (0, 1.0, 1.0, 50),
-        (5, 1.0, 0.7, 50),
-        (0, 0.8, 1.0, 50),
-        (7, 0.6, 1.3, 700),
-        (0, 0.95, 1.0, 700),
-        (200, 0.9, 1.0, 700),
+        (0, 1.0, 0.0, 1.0, 50),
+        (5, 1.0, 0.0, 0.7, 50),
+        (0, 0.8, 0.1, 1.0, 50),
+        (7, 0.6, 0.0, 1.3, 700),
+        (0, 0.95, 0.0, 1.0, 700),
+        (200, 0.9, 0.0, 1.0, 700),
+        (0, 1.0, 0.02, 1.0, 700),
+        (0, 0.9, 0.3, 1.0, 700),
+        (300, 0.9, 0.01, 1.0, 700),
     ],
 )
-def test_frequencies_match_the_sorted_distribution(top_k, top_p, temperature, vocab):
+def test_frequencies_match_the_sorted_distribution(top_k, top_p, min_p, temperature, vocab):
     rng = np.random.default_rng(vocab + top_k)
     logits = rng.normal(0, 1.0, vocab).astype(np.float32)
-    expected = allowed(logits, temperature, top_k, top_p)
+    expected = allowed(logits, temperature, top_k, top_p, min_p)
     rows, rounds = 2000, 10
     counts = np.zeros(vocab)
     for seed in range(rounds):
         tiled = jnp.tile(jnp.asarray(logits), (rows, 1))
-        out = draw(tiled, params(rows, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed))
+        asked = params(rows, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+        out = draw(tiled, asked)
         counts += np.bincount(np.asarray(out.token), minlength=vocab)
     total = rows * rounds
     assert counts[expected == 0].sum() == 0
@@ -72,27 +82,27 @@ def test_frequencies_match_the_sorted_distribution(top_k, top_p, temperature, vo
 
 
 @given(
-    st.lists(st.sampled_from([-2.0, -1.0, 0.0, 0.5, 0.5, 3.0]), min_size=2, max_size=40),
+    st.lists(st.sampled_from([-2.0, -1.0, 0.0, 0.5, 0.5, 3.0]), min_size=1, max_size=40),
     st.integers(0, 45),
-    st.sampled_from([0.01, 0.3, 0.5, 0.9, 0.999]),
+    st.sampled_from([0.01, 0.3, 0.5, 0.9, 0.999, 1.0]),
+    st.sampled_from([0.0, 0.0, 0.004, 0.1, 0.5, 1.0]),
 )
-@settings(max_examples=120, deadline=None)
-def test_the_exact_filter_keeps_what_sorting_keeps(values, top_k, top_p):
-    """Many equal logits, so that the order among ties matters (lowest id first)."""
+@settings(max_examples=150, deadline=None)
+def test_the_exact_filter_keeps_what_sorting_keeps(values, top_k, top_p, min_p):
+    """Many equal logits, so that the order among ties matters (lowest id first); also a single finite one."""
     logits = np.full(40, -np.inf, np.float32)
     logits[: len(values)] = values
     k = min(top_k, len(values))
-    expected = allowed(logits, 1.0, k, top_p)
-    scaled = jnp.asarray(logits)[None]
-    weights = filtered(scaled, jnp.max(scaled, -1, keepdims=True), params(1, top_k=k, top_p=top_p))
-    kept = np.asarray(weights[0] > 0)
-    disputed = np.isclose(np.cumsum(np.sort(expected)[::-1]), top_p, atol=1e-6).any()
+    expected = allowed(logits, 1.0, k, top_p, min_p)
+    asked = params(1, top_k=k, top_p=top_p, min_p=min_p)
+    found = np.asarray(kept(jnp.asarray(logits)[None], asked, jnp.array([True]))[0]) & np.isfinite(logits)
+    base = allowed(logits, 1.0, k, 1.0)
+    disputed = top_p < 1 and np.isclose(np.cumsum(np.sort(base)[::-1]), top_p, atol=1e-6).any()
     if not disputed:
-        sure = np.asarray(expected > 0)
-        np.testing.assert_array_equal(kept, sure)
+        np.testing.assert_array_equal(found, expected > 0)
 
 
-filtered = jax.jit(_filtered)
+kept = jax.jit(_kept)
 
 
 def test_greedy_takes_the_lowest_id_among_equals():
@@ -107,12 +117,25 @@ def test_a_row_does_not_depend_on_its_batch():
         temperature=jnp.array([0, 1, 1, 0.5, 2, 1, 0, 1.0], jnp.float32),
         top_k=jnp.array([0, 5, 0, 100, 0, 0, 3, 900], jnp.int32),
         top_p=jnp.array([1, 0.9, 1, 0.99, 0.2, 0.97, 1, 0.5], jnp.float32),
+        min_p=jnp.array([0, 0, 0.1, 0, 0, 0.001, 0.3, 0], jnp.float32),
     )
     together = np.asarray(draw(logits, mixed).token)
-    alone = jax.jit(lambda logits, p: sample(logits, p).token)
     for i in range(8):
         one = RowParams(*(x[i : i + 1] if x.ndim else x for x in mixed))
-        assert int(alone(logits[i : i + 1], one)[0]) == together[i]
+        assert int(draw(logits[i : i + 1], one).token[0]) == together[i]
+
+
+@pytest.mark.parametrize("vocab", [40, 700])
+def test_a_single_possible_token_is_drawn_whatever_the_filters(vocab):
+    logits = jnp.full((2, vocab), -jnp.inf).at[0, 7].set(-1e30).at[1, vocab - 1].set(1e30)
+    for given in ({}, {"top_p": 1e-6}, {"top_k": vocab}, {"min_p": 1.0}, {"top_k": 1}, {"temperature": 0.0}):
+        assert np.asarray(draw(logits, params(2, **given)).token).tolist() == [7, vocab - 1]
+
+
+def test_neutral_filters_change_nothing():
+    logits = jnp.asarray(np.random.default_rng(3).normal(0, 2, (500, 300)).astype(np.float32))
+    free = np.asarray(draw(logits, params(500)).token)
+    np.testing.assert_array_equal(np.asarray(draw(logits, params(500, top_k=300)).token), free)
 
 
 def test_logprobs_are_of_the_unmodified_distribution():
@@ -125,6 +148,26 @@ def test_logprobs_are_of_the_unmodified_distribution():
     order = np.argsort(-exact, axis=-1, kind="stable")[:, :20]
     np.testing.assert_array_equal(out.top_tokens, order)
     np.testing.assert_allclose(out.top_logprobs, np.take_along_axis(exact, order, -1), atol=2e-5)
+
+
+def test_processed_logprobs_are_of_what_was_drawn_from():
+    rng = np.random.default_rng(2)
+    logits = rng.normal(0, 2, (4, 300)).astype(np.float32)
+    asked = params(4, temperature=0.5, top_k=90, top_p=0.97, min_p=0.001, logprobs=1)
+    asked = asked._replace(
+        flags=jnp.array([PROCESSED, 0, PROCESSED, PROCESSED]), temperature=jnp.array([0.5, 0.5, 0, 4], jnp.float32)
+    )
+    out = draw(jnp.asarray(logits), asked)
+    raw = np.log(allowed(logits[1], 1.0, 0, 1.0))
+    with np.errstate(divide="ignore"):
+        expected = [np.log(allowed(logits[i], t, 90, 0.97, 0.001)) for i, t in ((0, 0.5), (3, 4))]
+    rows = [expected[0], raw, np.log(allowed(logits[2], 1.0, 0, 1.0)), expected[1]]
+    for i, row in enumerate(rows):
+        row = np.maximum(row, -9999.0)
+        np.testing.assert_allclose(out.logprob[i], row[int(out.token[i])], atol=3e-5)
+        top = np.asarray(out.top_tokens[i])
+        np.testing.assert_allclose(out.top_logprobs[i], row[top], atol=3e-5)
+        np.testing.assert_allclose(np.sort(row)[::-1][:20], row[top], atol=3e-5)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
