@@ -167,9 +167,11 @@ def apply_rules(
     Args:
       grammar: bits of the tokens that each guided row's grammar allows next; other rows' bits are not read.
     """
-    changed = _biased(logits, params, state)
     allowed = _allowed_bits(params, state, grammar, logits.shape[1])
-    changed = jnp.where(_unpacked(allowed, logits.shape[1]), changed, -jnp.inf)
+    # Masks before bias: the result is the same, and the loop that adds biases gets an array of its own to work in. Given
+    # the logits themselves, XLA would copy them in every step, also where no row has a rule.
+    changed = jnp.where(_unpacked(allowed, logits.shape[1]), logits, -jnp.inf)
+    changed = _biased(changed, params, state)
     any_penalty = penalised(params).any()
     return jax.lax.cond(any_penalty, functools.partial(_penalise, params=params, state=state), lambda x: x, changed)
 
