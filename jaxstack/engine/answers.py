@@ -24,6 +24,7 @@ class Answers:
       leave: told of each sequence that has ended, once its `finish_reason` is set: gives back what it holds.
 
     Attributes:
+      eos: as given.
       live: the open requests' sequences, by request id.
       finished: how many requests ended, by reason.
       corrupted: requests of which a row of logits was not finite.
@@ -36,7 +37,8 @@ class Answers:
         self.on_finish: list[Callable[[RequestTiming], None]] = []
         self._deadlines: list[tuple[float, int, Request]] = []
         self._held: dict[str, list[Completion]] = {}
-        self._tokenizer, self._eos, self._leave = tokenizer, frozenset(eos), leave
+        self.eos = frozenset(eos)
+        self._tokenizer, self._leave = tokenizer, leave
 
     def open(self, request: Request) -> list[Sequence]:
         """Lets a request in: one sequence for each of its choices."""
@@ -44,7 +46,9 @@ class Answers:
             request.listener.request = request
         sequences = []
         for index in range(request.choices):
-            sequences.append(Sequence(request, index, list(request.prompt), self._detokenizer(request)))
+            matcher = request.grammar.matcher() if request.grammar is not None else None
+            detokenizer = self._detokenizer(request)
+            sequences.append(Sequence(request, index, list(request.prompt), detokenizer, matcher=matcher))
         self.live[request.request_id] = sequences
         if request.ranked:
             self._held[request.request_id] = [Completion(index) for index in range(request.choices)]
@@ -57,11 +61,12 @@ class Answers:
         """A token was drawn for `sequence`: keep it, apply the stop rules, tell the listener.
 
         Args:
-          token: -1 if the logits were not finite: this answer is lost, the others are not.
+          token: -1 if the logits were not finite, -2 if the request's rules left nothing to draw: this answer is lost,
+            the others are not.
         """
         request, sampling = sequence.request, sequence.request.sampling
         if token < 0:
-            self.corrupted += 1
+            self.corrupted += token == -1
             self._end(sequence, "error", None, "", (), ())
             return
         sequence.tokens.append(token)
@@ -77,13 +82,18 @@ class Answers:
         shown: tuple[int, ...] = (token,)
         if token in sampling.stop_token_ids:
             reason, why, shown = "stop", token, ()
-        elif token in self._eos and not sampling.ignore_eos:
+        elif token in self.eos and not sampling.ignore_eos:
             reason, shown = "stop", ()
         text = ""
         if sequence.detokenizer is not None:
             text = sequence.detokenizer.push(shown) if shown else ""
             if reason is None and sequence.detokenizer.stopped is not None:
                 reason, why = "stop", sequence.detokenizer.stopped
+        if reason is None and sequence.matcher is not None:
+            if not sequence.matcher.consume(token):
+                reason = "error"
+            elif sequence.matcher.finished:
+                reason = "stop"
         if reason is None and sequence.generated >= request.max_tokens:
             reason = "length"
         if reason is not None:

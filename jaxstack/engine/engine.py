@@ -26,6 +26,7 @@ from tqdm import tqdm
 from jaxstack.engine.adapters import AdapterRegistry
 from jaxstack.engine.answers import Answers
 from jaxstack.engine.config import EngineConfig, rows_of, sizes
+from jaxstack.engine.guided import GrammarCompiler
 from jaxstack.engine.invariance import differing_shapes
 from jaxstack.engine.listeners import Collector, Feed, wake_all
 from jaxstack.engine.pipeline import Pipeline
@@ -110,12 +111,14 @@ class Engine:
             num_pages=chosen.num_pages,
             page_size=config.page_size,
             slots=config.max_sequences,
+            max_length=chosen.max_model_len,
             vocab_size=self.vocab_size,
             dtype=dtype,
             adapter_rank=config.max_adapter_rank,
             mesh=self._mesh,
         )
         eos = frozenset(model.eos_token_ids) | frozenset(tokenizer.eos_token_ids if tokenizer else ())
+        self._grammars = GrammarCompiler(tokenizer, eos, model.vocab_size)
         self._answers = Answers(tokenizer, eos, self._leave)
         self._pipeline = Pipeline(
             self._new_scheduler(chosen.num_pages),
@@ -215,12 +218,19 @@ class Engine:
             priority=priority,
             deadline_s=None if timeout_s is None else now + timeout_s,
             scores=None if wanted is None else PromptScores(tuple(tokens), wanted),
+            grammar=None if sampling.guide is None else self._grammars.compile(sampling.guide),
         )
         self._post(lambda: self._enter(request))
         return request.request_id
 
     def check_prompt(self, prompt: Prompt, sampling: SamplingParams) -> list[int]:
-        """The prompt's token ids. Raises UserError for a prompt that could never be answered."""
+        """The prompt's token ids. Raises UserError for a prompt that could never be answered as `sampling` asks.
+
+        Compiles the grammar of a guide, which may take a moment; afterwards it is known.
+        """
+        sampling.check_token_ids(self.vocab_size)
+        if sampling.guide is not None:
+            self._grammars.compile(sampling.guide)
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise UserError("prompt: found text, expected token ids (this engine has no tokenizer)")

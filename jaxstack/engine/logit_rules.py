@@ -1,4 +1,4 @@
-"""What a request asks of its logits before the temperature: bias, allowed tokens, grammar, end tokens barred, penalties.
+"""What a request asks of its logits before the temperature: bias, allowed tokens, grammar, no end yet, penalties.
 
 What a rule needs beyond a few numbers a row (1,024 biases, sets of tokens, the tokens so far) lives on the device, one
 record a slot, written when a sequence with such rules takes the slot. Plain requests never touch it: their rows carry
@@ -8,6 +8,7 @@ that draws them, so penalties never wait for the host.
 Sets of tokens are bits: token t is bit t % 32 of word t // 32, words in int32.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
@@ -78,52 +79,59 @@ def bits(ids: Iterable[int], vocab: int) -> Int32[np.ndarray, " words"]:
     return np.packbits(flags, bitorder="little").view("<i4").astype(np.int32)
 
 
-def new_state(slots: int, length: int, vocab: int) -> SlotState:
-    """Records for `slots` sequences of at most `length` tokens."""
-    rows, length = slots + 1, -(-length // _ROUND) * _ROUND
-    return SlotState(
-        tokens=jnp.zeros((rows, length), jnp.int32),
-        bias_ids=jnp.zeros((rows, MAX_LOGIT_BIAS), jnp.int32),
-        bias_values=jnp.zeros((rows, MAX_LOGIT_BIAS), jnp.float32),
-        allowed=jnp.zeros((rows, words(vocab)), jnp.int32),
-        ends=jnp.zeros((rows, words(vocab)), jnp.int32),
-    )
+@dataclasses.dataclass(frozen=True)
+class RecordLayout:
+    """What one slot's record holds: for sequences of at most `length` tokens over `vocab` columns of logits."""
+
+    length: int
+    vocab: int
+
+    @property
+    def fields(self) -> dict[str, int]:
+        """Elements of each part, in the order of `SlotState`."""
+        length = -(-self.length // _ROUND) * _ROUND
+        entries = {"bias_ids": MAX_LOGIT_BIAS, "bias_values": MAX_LOGIT_BIAS}
+        return {"tokens": length, **entries, "allowed": words(self.vocab), "ends": words(self.vocab)}
+
+    @property
+    def size(self) -> int:
+        return sum(self.fields.values())
+
+    @property
+    def parts(self) -> list[tuple[int, jnp.dtype]]:
+        """Elements and dtype of each part."""
+        dtype = {"bias_values": jnp.float32}
+        return [(n, jnp.dtype(dtype.get(name, jnp.int32))) for name, n in self.fields.items()]
+
+    def new_state(self, slots: int) -> SlotState:
+        """Empty records, one more than `slots`."""
+        return SlotState(*(jnp.zeros((slots + 1, n), dtype) for n, dtype in self.parts))
+
+    def pack(self, sampling: SamplingParams, tokens: Seq[int], ends: Iterable[int]) -> Int32[np.ndarray, " size"]:
+        """One record as a flat host array, for `write_record`.
+
+        Args:
+          tokens: prompt and answer so far.
+          ends: token ids that end the answer.
+        """
+        flat = np.zeros(self.size, np.int32)
+        bounds = np.cumsum([*self.fields.values()])[:-1]
+        history, ids, values, allowed, barred = np.split(flat, bounds)
+        history[: len(tokens)] = tokens
+        if sampling.biases:
+            given = np.asarray(sampling.biases, np.float64)
+            ids[: len(given)] = given[:, 0]
+            values[: len(given)] = given[:, 1].astype(np.float32).view(np.int32)
+        if sampling.allowed_token_ids is not None:
+            allowed[:] = bits(sampling.allowed_token_ids, self.vocab)
+        if sampling.min_tokens:
+            barred[:] = bits((t for t in ends if t < self.vocab), self.vocab)
+        return flat
 
 
 def needs_record(sampling: SamplingParams) -> bool:
     """Whether a sequence with these parameters must be written into its slot before its first draw there."""
     return bool(sampling.penalised or sampling.biases or sampling.allowed_token_ids or sampling.min_tokens)
-
-
-def record_size(state: SlotState) -> int:
-    """Elements of `record`."""
-    return sum(part.shape[1] for part in state)
-
-
-def record(
-    state: SlotState, sampling: SamplingParams, tokens: Seq[int], ends: Iterable[int], vocab: int
-) -> Int32[np.ndarray, " n"]:
-    """One slot's record as a flat host array, for `write_record`.
-
-    Args:
-      state: for its shapes.
-      tokens: prompt and answer so far.
-      ends: token ids that end the answer.
-      vocab: columns of the logits.
-    """
-    flat = np.zeros(record_size(state), np.int32)
-    parts = np.split(flat, np.cumsum([part.shape[1] for part in state])[:-1])
-    history, ids, values, allowed, barred = parts
-    history[: len(tokens)] = tokens
-    if sampling.biases:
-        given = np.asarray(sampling.biases, np.float64)
-        ids[: len(given)] = given[:, 0]
-        values[: len(given)] = given[:, 1].astype(np.float32).view(np.int32)
-    if sampling.allowed_token_ids is not None:
-        allowed[:] = bits(sampling.allowed_token_ids, vocab)
-    if sampling.min_tokens:
-        barred[:] = bits((t for t in ends if t < vocab), vocab)
-    return flat
 
 
 def write_record(state: SlotState, slot: Int[Array, ""], flat: Int[Array, " n"]) -> SlotState:
@@ -168,8 +176,8 @@ def apply_rules(
       grammar: bits of the tokens that each guided row's grammar allows next; other rows' bits are not read.
     """
     allowed = _allowed_bits(params, state, grammar, logits.shape[1])
-    # Masks before bias: the result is the same, and the loop that adds biases gets an array of its own to work in. Given
-    # the logits themselves, XLA would copy them in every step, also where no row has a rule.
+    # Masks before bias: the result is the same, and the loop that adds biases gets an array of its own to work in.
+    # Given the logits themselves, XLA would copy them in every step, also where no row has a rule.
     changed = jnp.where(_unpacked(allowed, logits.shape[1]), logits, -jnp.inf)
     changed = _biased(changed, params, state)
     any_penalty = penalised(params).any()

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxstack.engine.answers import Answers
 from jaxstack.engine.batch import pack
-from jaxstack.engine.draws import pack_draws
+from jaxstack.engine.draws import DrawPacker
 from jaxstack.engine.prompt_scores import PageScores, pack_targets
 from jaxstack.engine.request import Sequence
 from jaxstack.engine.runner import Runner, StepFuture
@@ -42,6 +42,8 @@ class Pipeline:
     def __init__(self, scheduler: Scheduler, runner: Runner, answers: Answers, *, page_size: int, overlap: bool):
         self.scheduler, self.runner, self._answers = scheduler, runner, answers
         self._page_size, self._overlap = page_size, overlap
+        sampler = runner.sampler
+        self._packer = DrawPacker(scrap_slot=sampler.scrap_slot, layout=sampler.layout, eos=answers.eos)
         self._in_flight: StepFuture | None = None
         self.iteration_tokens: collections.Counter[int] = collections.Counter()
         self.steps = self.rows = self.padding = 0
@@ -65,8 +67,7 @@ class Pipeline:
                 launched = self.runner.score(launched, targets)
             self.scheduler.launched(plan)
             self.settle()
-            draws = pack_draws(plan, batch.shape.samples, scrap_slot=self.runner.scrap_slot)
-            self._in_flight = self.runner.draw(launched, draws)
+            self._in_flight = self.runner.draw(launched, self._packer.pack(plan, batch.shape.samples))
             if not self._overlap or all(row.sequence.finish_reason is not None for row in plan.rows):
                 self.settle()
         else:
@@ -118,4 +119,5 @@ class Pipeline:
     def discard(self, scheduler: Scheduler) -> None:
         """Forgets the step in flight after a failure and goes on with `scheduler`."""
         self._in_flight = None
+        self._packer.forget()
         self.scheduler = scheduler

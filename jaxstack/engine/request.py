@@ -4,6 +4,7 @@ Plain data, no jax. `Sequence` is the engine's own record of one choice of one r
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
@@ -72,7 +73,7 @@ class Guide:
             )
         elif self.kind == "choice":
             strings = self._json("a JSON list of strings")
-            ok = isinstance(strings, list) and strings and all(isinstance(s, str) and s for s in strings)
+            ok = isinstance(strings, list) and bool(strings) and all(isinstance(s, str) and s for s in strings)
             _check(ok, self.kind, strings, "a JSON list of strings, none empty, at least one")
             _check(len(strings) <= MAX_CHOICES, self.kind, len(strings), f"at most {MAX_CHOICES} strings")
 
@@ -218,6 +219,12 @@ class SamplingParams:
         """Whether the tokens so far change the logits of the next."""
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
 
+    @functools.cached_property
+    def ruled(self) -> bool:
+        """Whether anything but temperature, top-k, top-p and min-p changes what is drawn or reported."""
+        lists = self.logit_bias or self.allowed_token_ids or self.guide
+        return bool(lists or self.min_tokens or self.penalised or self.logprobs_mode != "raw")
+
     def check_token_ids(self, vocab_size: int) -> None:
         """Raises UserError if a token id of `logit_bias` or `allowed_token_ids` is not below `vocab_size`."""
         ids = {"logit_bias": [token for token, _ in self.biases], "allowed_token_ids": self.allowed_token_ids or ()}
@@ -348,6 +355,7 @@ class Request:
     priority: int = 0
     deadline_s: float | None = None
     scores: Any = None
+    grammar: Any = None
 
     @property
     def choices(self) -> int:
@@ -374,7 +382,8 @@ class Sequence:
     tokens of its whole pages, grown as needed. This is what a scheduling policy sees.
 
     Steps are launched ahead of their results: `pending` tokens have been drawn that are not in `tokens` yet, and
-    `in_flight` launched rows have not settled. `computed` counts launched rows.
+    `in_flight` launched rows have not settled. `computed` counts launched rows. `matcher` follows the grammar of a
+    guided answer, through the tokens in `tokens`.
     """
 
     request: Request
@@ -392,6 +401,7 @@ class Sequence:
     in_flight: int = 0
     cumulative_logprob: float = 0.0
     drafter: Any = None
+    matcher: Any = None
 
     @property
     def request_id(self) -> str:

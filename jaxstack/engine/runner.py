@@ -1,5 +1,5 @@
-"""The only file of the engine that touches device arrays: weights, the KV cache, and one compiled program per batch
-shape.
+"""The file of the engine that owns device arrays: weights, the KV cache, and one compiled program per batch shape; the
+sampler's are with `sampler.py`.
 
 Every shape is compiled by `warm_up`; a step then calls the compiled program itself, so a batch of an unforeseen shape
 is an error and never a silent compilation. The cache is donated: each step updates it in place.
@@ -26,11 +26,11 @@ from jaxtyping import Array, Float, Int32
 from tqdm import tqdm
 
 from jaxstack.engine.batch import BatchShape, HostBatch, cut, size
-from jaxstack.engine.draws import HostDraws, float_fields, int_fields, pack_draws
+from jaxstack.engine.draws import HostDraws, no_draws
 from jaxstack.engine.placement import Placement
 from jaxstack.engine.request import MAX_LOGPROBS, TokenLogprob
-from jaxstack.engine.sampling import RowParams, Sampled, sample
-from jaxstack.engine.scheduler import StepPlan
+from jaxstack.engine.sampler import Sampler
+from jaxstack.engine.sampling import Sampled
 from jaxstack.engine.scoring import Scores, score
 from jaxstack.models.adapter_slots import slot_contents, slot_sites, write_slot
 from jaxstack.models.decoder import Decoder
@@ -80,7 +80,7 @@ class Runner:
       decoder: the weights; may be in serving layout (`jaxstack.models.serving_layout`).
       shapes: the batch shapes to compile.
       num_pages, page_size: the KV cache holds one page more, where padding rows write.
-      slots: sequences running at once. State per slot has one slot more, where padding rows write.
+      slots, max_length: sequences running at once, and tokens of the longest one.
       vocab_size: token ids at or beyond it are never drawn (a model's table may be padded beyond its tokenizer's).
       dtype: of activations and cache.
       adapter_rank: of the decoder's adapter slots, if it has any.
@@ -95,6 +95,7 @@ class Runner:
         num_pages: int,
         page_size: int,
         slots: int,
+        max_length: int,
         vocab_size: int,
         dtype: jnp.dtype,
         adapter_rank: int = 0,
@@ -115,12 +116,11 @@ class Runner:
         if mesh is not None:
             heads = cached_kv_heads(self.config, mesh.shape[AXIS])
         self._cache_shape = (self.config.num_layers, num_pages + 1, page_size, 2 * heads, head_dim)
-        self.scrap_slot = slots
         self._cache: Array
-        self._last_token: Array
+        place = self._placement
+        self.sampler = Sampler(slots=slots, length=max_length, vocab=self.config.vocab_size, placement=place)
         self.reset_cache()
         self._steps: dict[BatchShape, Callable] = {}
-        self._samplers: dict[int, Callable] = {}
         self._scorers: dict[BatchShape, Callable] = {}
         self._counter = CompileCounter()
 
@@ -160,15 +160,12 @@ class Runner:
             ints = np.zeros(size(shape.int_fields), np.int32)
             cut(ints, shape.int_fields)["write_slots"][:] = (self._cache_shape[1] - 1) * self.page_size
             step = self.compile(shape)
-            self._cache, logits, hidden = step(self._weights, self._cache, ints, self._last_token)
+            self._cache, logits, hidden = step(self._weights, self._cache, ints, self.sampler.last_token)
             if hidden is not None:
                 self._scorers[shape] = self.compile_scorer(shape)
                 self._scorers[shape](self._weights, hidden, np.full(shape.rows, -1, np.int32))
-            rows = shape.samples
-            if rows not in self._samplers:
-                self._samplers[rows] = self.compile_sampler(rows, logits)
-            sampled = self._draw(rows, logits, pack_draws(StepPlan([], 0), rows, scrap_slot=self.scrap_slot))
-            jax.block_until_ready(sampled)
+            self.sampler.compile(shape.samples, logits)
+            jax.block_until_ready(self.sampler.draw(logits, no_draws(shape.samples, self.sampler.scrap_slot)))
             self._steps[shape] = step
         self._compile_adapter_writer()
         self._counter.reset()
@@ -186,7 +183,7 @@ class Runner:
         jitted = jax.jit(
             step, donate_argnums=(1,), out_shardings=place.all_of(place.cache, place.logits, place.everywhere)
         )
-        return jitted.lower(self._weights, self._cache, ints, self._last_token).compile()
+        return jitted.lower(self._weights, self._cache, ints, self.sampler.last_token).compile()
 
     def compile_scorer(self, shape: BatchShape):
         """The compiled scorer of prompt tokens: weights, hidden states, targets -> `Scores`."""
@@ -201,24 +198,10 @@ class Runner:
         targets = place.struct((shape.rows,), jnp.int32)
         return jax.jit(scorer, out_shardings=place.everywhere).lower(self._weights, hidden, targets).compile()
 
-    def compile_sampler(self, rows: int, logits: Float[Array, "rows vocab"]):
-        """The compiled sampler: logits, ints, floats, last tokens -> `Sampled`, last tokens."""
-        choices, reals = int_fields(rows), float_fields(rows)
-
-        def draw(logits, ints, floats, last_token):
-            f, g = cut(ints, choices), cut(floats, reals)
-            slots = f.pop("slots")
-            seed = jax.lax.bitcast_convert_type(f.pop("seed"), jnp.uint32)
-            sampled = sample(logits, RowParams(seed=seed, **f, **g))
-            return sampled, last_token.at[slots].set(jnp.maximum(sampled.token, 0))
-
-        place = self._placement
-        ints, floats = place.struct((size(choices),), jnp.int32), place.struct((size(reals),), jnp.float32)
-        return jax.jit(draw, out_shardings=place.everywhere).lower(logits, ints, floats, self._last_token).compile()
-
     def launch(self, batch: HostBatch) -> Launched:
         """Starts the forward pass of a step and returns at once."""
-        self._cache, logits, hidden = self._steps[batch.shape](self._weights, self._cache, batch.ints, self._last_token)
+        step = self._steps[batch.shape]
+        self._cache, logits, hidden = step(self._weights, self._cache, batch.ints, self.sampler.last_token)
         return Launched(batch, logits, hidden)
 
     def score(self, launched: Launched, targets: Int32[np.ndarray, " rows"]) -> Launched:
@@ -228,13 +211,9 @@ class Runner:
 
     def draw(self, launched: Launched, draws: HostDraws) -> StepFuture:
         """Starts the sampler of a launched step and returns at once. Comes before the next `launch`."""
-        sampled = self._draw(launched.batch.shape.samples, launched.logits, draws)
+        sampled = self.sampler.draw(launched.logits, draws)
         sampled.token.copy_to_host_async()
         return StepFuture(launched.batch, sampled, launched.scores)
-
-    def _draw(self, rows: int, logits, draws: HostDraws) -> Sampled:
-        sampled, self._last_token = self._samplers[rows](logits, draws.ints, draws.floats, self._last_token)
-        return sampled
 
     def adapter_contents(self, adapter: PeftAdapter, source: str | Path) -> list[AdapterStack]:
         """What `write_adapter` puts into a slot for a PEFT adapter: host arrays. Raises as `slot_contents` does."""
@@ -264,7 +243,7 @@ class Runner:
         """A new empty cache, for when a failed step has consumed the old one."""
         place = self._placement
         self._cache = place.zeros(self._cache_shape, self.dtype, place.cache)
-        self._last_token = place.zeros((self.scrap_slot + 1,), jnp.int32, place.everywhere)
+        self.sampler.reset()
 
     def _step(self, shape: BatchShape, weights, cache, ints, last_token):
         def forward(weights, cache, ints, last_token):

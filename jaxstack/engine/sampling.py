@@ -29,7 +29,7 @@ _NEVER = -9999.0
 
 
 class Sampled(NamedTuple):
-    """`token` is -1 where the logits were not finite, or the rules left nothing to draw.
+    """`token` is -1 where the logits were not finite, -2 where the rules left nothing to draw.
 
     Log probabilities are of the unmodified distribution, or of the one drawn from where the row asks for that (flag
     `PROCESSED`): after the rules, temperature and filters; a greedy row has only the rules. Zeros if not wanted, at
@@ -80,10 +80,8 @@ def sample(
 
 
 def _draw(scaled, params, random):
-    """A token of every row; -1 where every logit is -inf."""
-    rows, vocab = scaled.shape
-    width = min(WINDOW, vocab)
-    values, ids = _top_k(scaled, width)
+    """A token of every row; -2 where every logit is -inf."""
+    values, ids = _top_k(scaled, min(WINDOW, scaled.shape[1]))
     highest = values[:, :1]
     possible = highest[:, 0] > -jnp.inf
     # A row without hope must not make NaN of its differences.
@@ -94,7 +92,7 @@ def _draw(scaled, params, random):
         return jnp.where(random, _draw_at(scaled, values, ids, base, uniform, random, params), ids[:, 0])
 
     token = jax.lax.cond(random.any(), by_chance, lambda: ids[:, 0])
-    return jnp.where(possible, token, -1)
+    return jnp.where(possible, token, -2)
 
 
 def _draw_at(scaled, values, ids, highest, uniform, random, params):
