@@ -237,10 +237,10 @@ def _source(guide: Guide) -> str:
         if guide.text.lstrip().startswith("{"):
             raise ValueError("found a text that begins with '{', expected a grammar in Lark's notation")
         return llguidance.LLMatcher.grammar_from_lark(guide.text)
+    # By code points: every character then means itself, to the notation of grammars as well.
     strings = dict.fromkeys(json.loads(guide.text))
-    return llguidance.LLMatcher.grammar_from_lark(
-        "start: " + " | ".join(json.dumps(string, ensure_ascii=False) for string in strings)
-    )
+    pattern = "|".join("".join(f"\\x{{{ord(character):x}}}" for character in string) for string in strings)
+    return llguidance.LLMatcher.grammar_from_regex(pattern)
 
 
 def _after(first: str, source: str) -> str:

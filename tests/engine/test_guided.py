@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jaxstack.engine.detokenise import IncrementalDetokenizer
@@ -152,6 +152,7 @@ BYTES = GrammarCompiler(byte_tokenizer(), byte_tokenizer().eos_token_ids, byte_t
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8), min_size=1, max_size=4))
+@example(["\x7f", "/", "\\", "😀"])
 @settings(max_examples=60, deadline=None)
 def test_a_choice_may_hold_any_character(choices):
     matcher = BYTES.compile(Guide("choice", json.dumps(choices))).matcher()
