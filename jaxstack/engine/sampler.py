@@ -49,7 +49,7 @@ class Sampler:
         """Compiles the program for `rows` rows, unless it is there."""
         if rows in self._programs:
             return
-        choices, reals = int_fields(rows), float_fields(rows)
+        choices, reals, place = int_fields(rows), float_fields(rows), self._placement
 
         def draw(history, fixed, last_token, logits, ints, floats, grammar):
             f, g = cut(ints, choices), cut(floats, reals)
@@ -59,7 +59,6 @@ class Sampler:
             token = jnp.maximum(sampled.token, 0)
             return sampled, note_drawn(state, params, token).tokens, last_token.at[params.slot].set(token)
 
-        place = self._placement
         ints, floats = place.struct((size(choices),), jnp.int32), place.struct((size(reals),), jnp.float32)
         grammar = place.zeros((rows, words(self.layout.vocab)), jnp.int32, place.everywhere)
         self._no_grammar[rows] = grammar
