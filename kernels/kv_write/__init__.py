@@ -11,10 +11,10 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels.kv_write import ref, xla
+from kernels.kv_write import cpu, ref, xla
 from kernels.platforms import implementation_for
 
-Implementation = Literal["ref", "xla", "pallas_gpu", "pallas_tpu", "interpret"]
+Implementation = Literal["ref", "xla", "cpu", "pallas_gpu", "pallas_tpu", "interpret"]
 
 
 def kv_write(
@@ -32,9 +32,9 @@ def kv_write(
     them stays there is not defined. Give the cache away (donate it, or carry it through a loop), or XLA copies it.
 
     Args:
-      implementation: "ref" (row by row, the oracle), "xla" (one scatter), "pallas_gpu" (NVIDIA GPUs), "pallas_tpu"
-        or "interpret" (the GPU form, run by JAX's interpreter on any platform, slowly). None picks the platform's own
-        form where it can, else "xla".
+      implementation: "ref" (row by row, the oracle), "xla" (one scatter), "cpu" (compiled C++), "pallas_gpu" (NVIDIA
+        GPUs), "pallas_tpu" or "interpret" (the GPU form, run by JAX's interpreter on any platform, slowly). None picks
+        the platform's own form where it can, else "xla".
 
     Raises:
       ValueError: shapes that do not fit, or an implementation that does not exist or cannot take them.
@@ -49,6 +49,8 @@ def kv_write(
 
 def _refuses(form: str, cache) -> str:
     """Why `form` cannot take this cache, in one line; empty if it can."""
+    if form == "cpu":
+        return cpu.why_not()
     if form == "pallas_tpu" and cache.shape[-1] % 128:
         return f"found head_dim {cache.shape[-1]}, expected a multiple of 128"
     return ""
@@ -70,6 +72,7 @@ def _pallas_tpu(*arrays, **options):
 _FORMS: dict[str, Callable] = {
     "ref": ref.kv_write,
     "xla": xla.kv_write,
+    "cpu": cpu.kv_write,
     "pallas_gpu": _pallas_gpu,
     "pallas_tpu": _pallas_tpu,
     "interpret": functools.partial(_pallas_gpu, interpret=True),

@@ -70,7 +70,7 @@ def measure(
     def weights(shape: tuple[int, ...]) -> Weight:
         # Any normal numbers do: the time of a product does not depend on them. Packed exactly where the engine packs.
         plain = jnp.full(shape, 1e-3, dtype)
-        return matmul.pack(plain) if matmul.available() else plain
+        return matmul.pack(plain, dtype) if matmul.available() else plain
 
     stacks = [weights((config.num_layers, *shape)) for shape in shapes]
     head = weights((width, config.vocab_size))

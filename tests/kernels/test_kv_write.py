@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from lowering import GPUS, TPU, TPUS, TRITON, lowered_text
 
-from kernels.kv_write import kv_write, pallas_tpu
+from kernels.kv_write import cpu, kv_write, pallas_tpu
 
 LAYERS, PAGES, PAGE, KV_HEADS, HEAD_DIM = 3, 9, 4, 2, 16
-FORMS = {name: functools.partial(kv_write, implementation=name) for name in ("ref", "xla", "interpret", None)} | {
-    "pallas_tpu": functools.partial(pallas_tpu.kv_write, interpret=True)
-}
+FORMS = {
+    name: functools.partial(kv_write, implementation=name) for name in ("ref", "xla", "cpu", "interpret", None)
+} | {"pallas_tpu": functools.partial(pallas_tpu.kv_write, interpret=True)}
 
 
 def fresh(rng, rows, dtype=np.float32):
@@ -43,8 +43,10 @@ def test_every_form_equals_numpy(form, dtype):
     np.testing.assert_array_equal(found, wanted)
 
 
-def test_a_loop_over_layers_writes_in_place():
-    cache = jnp.zeros((LAYERS, 4096, PAGE, 2 * KV_HEADS, HEAD_DIM))
+@pytest.mark.skipif(bool(cpu.why_not()), reason=f"the compiled kernel: {cpu.why_not()}")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_loop_over_layers_writes_in_place(dtype):
+    cache = jnp.zeros((LAYERS, 4096, PAGE, 2 * KV_HEADS, HEAD_DIM), dtype)
     k, v = fresh(np.random.default_rng(0), 8)
 
     def step(cache, k, v, slots):
