@@ -11,6 +11,7 @@ from jaxstack.models.tokenizer import Tokenizer
 from jaxstack.runtime.errors import UserError
 from jaxstack.serving.config import ServerConfig
 from jaxstack.serving.errors import ApiError, bad_field, shorten
+from jaxstack.serving.guides import after_thinking, tool_guide
 from jaxstack.serving.message import PLAIN_TEXT, Reading
 from jaxstack.serving.messages import read_messages
 from jaxstack.serving.protocol import (
@@ -21,7 +22,7 @@ from jaxstack.serving.protocol import (
     TokenizeRequest,
     read_as,
 )
-from jaxstack.serving.reasoning import ReasoningFormat, reasoning_format, thinking_begun
+from jaxstack.serving.reasoning import END, ReasoningFormat, reasoning_format, thinking_begun
 from jaxstack.serving.tool_choice import Tools, messages_as_text
 from jaxstack.serving.tools import MARKERS, ToolFormat, tool_format
 
@@ -92,19 +93,25 @@ def chat_job(body: bytes, engine: Engine, config: ServerConfig) -> Job:
     if tools is not None and config.tool_parser == "none":
         raise ApiError(400, "tools: calls are not read by this server (tool_parser none)", param="tools")
     text, tokens = _chat_prompt(tokenizer, request.messages, request.template_variables(), tools)
-    tokens = engine.check_prompt(tokens, sampling)
-    thinking = None
-    if request.separate_reasoning and reasoning_parser(tokenizer, config) is not None:
-        thinking = thinking_begun(text, request.messages, request.continue_final_message)
-    reading = Reading(thinking, request.include_reasoning)
+    marks_thinking = reasoning_parser(tokenizer, config) is not None
+    begun = marks_thinking and thinking_begun(text, request.messages, request.continue_final_message)
+    reading = Reading(begun if marks_thinking and request.separate_reasoning else None, request.include_reasoning)
+    guide, forced = sampling.guide, tools is not None and tools.required
     if tools is not None:
         notation = tool_parser(tokenizer, config)
         reading = dataclasses.replace(reading, tools=(tools, notation))
-        if tools.required:
-            raise ApiError(400, "tool_choice: required is not supported by this server", param="tool_choice")
+        if forced:
+            if guide is not None:
+                raise ApiError(400, "tool_choice: a call is required, and another form too", param="tool_choice")
+            guide = tool_guide(tools, notation, tokenizer)
         if tokenizer.token_to_id(MARKERS[notation]) in tokenizer.special_ids and notation != "llama3":
             # The marker has to reach the reader. Llama 3's can be missed: its calls are known without.
             sampling = dataclasses.replace(sampling, skip_special_tokens=False)
+    if guide is not None:
+        if marks_thinking and (begun or END not in text[-2 * len(END) :]):
+            guide = after_thinking(guide, begun=begun, tokenizer=tokenizer, ours=forced)
+        sampling = dataclasses.replace(sampling, guide=guide)
+    tokens = engine.check_prompt(tokens, sampling)
     timeout_s = _timeout(request, config)
     return Job(request, [tokens], sampling, timeout_s, adapter, logprobs=request.alternatives(), reading=reading)
 

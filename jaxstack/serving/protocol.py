@@ -44,20 +44,6 @@ _NOT_DONE: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "verbosity": (),
     "web_search_options": (),
-    # The engine's part of these is missing.
-    "allowed_token_ids": ([],),
-    "frequency_penalty": (0,),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "logit_bias": ({},),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
 }
 _HINTS = {
     "reasoning_effort": "; hand it to the chat template with chat_template_kwargs",
