@@ -47,7 +47,7 @@ def test_vllm_s_words(client: openai.OpenAI) -> None:
         ({"guided_choice": ["yes", "no"]}, r"yes|no"),
         ({"guided_regex": "[ab]{3}/c"}, r"[ab]{3}/c"),
         ({"guided_grammar": 'start: "x" ("y" | "z")'}, r"x[yz]"),
-        ({"guided_json": schema}, r'\{\s*"a":\s*(true|false)\s*\}'),
+        ({"guided_json": schema}, r'\{\s*"a"\s*:\s*(true|false)\s*\}'),
         ({"structured_outputs": {"choice": ["é", "\n"]}}, r"é|\n"),
         ({"structured_outputs": {"regex": "q+"}, "max_tokens": 5}, r"q+"),
     ):
