@@ -9,6 +9,7 @@ and `sampling.py`; `answers.py` turns tokens into answers, with `detokenise.py` 
 
 from jaxstack.engine.config import EngineConfig
 from jaxstack.engine.engine import Engine, EngineDead, PromptTooLong, QueueFull
+from jaxstack.engine.prompt_embeddings import EmbeddingPrompt
 from jaxstack.engine.request import (
     Completion,
     Delta,
@@ -23,6 +24,7 @@ from jaxstack.engine.stats import EngineStats
 __all__ = [
     "Completion",
     "Delta",
+    "EmbeddingPrompt",
     "Engine",
     "EngineConfig",
     "EngineDead",

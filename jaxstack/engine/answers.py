@@ -26,11 +26,13 @@ class Answers:
     Attributes:
       eos: as given.
       live: the open requests' sequences, by request id.
+      weights_version: given with every piece.
       finished: how many requests ended, by reason.
       corrupted: requests of which a row of logits was not finite.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, eos: Iterable[int], leave: Callable[[Sequence], None]):
+        self.weights_version = 0
         self.live: dict[str, list[Sequence]] = {}
         self.finished: collections.Counter[str] = collections.Counter()
         self.prompt_tokens = self.generation_tokens = self.corrupted = 0
@@ -174,6 +176,8 @@ class Answers:
             delta = dataclasses.replace(delta, prompt_logprobs=scores.entries())
         if listener is None:
             return
+        if self.weights_version:
+            delta = dataclasses.replace(delta, weights_version=self.weights_version)
         try:
             listener(delta)
         except Exception:

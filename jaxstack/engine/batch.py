@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Sequence as Seq
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Float32, Int32
 
 from jaxstack.engine.scheduler import StepPlan
 
@@ -38,6 +38,7 @@ class BatchShape:
             "positions": (rows,),
             "write_slots": (rows,),
             "adapters": (rows,),
+            "use_embeddings": (rows,),
             "block_tables": (sequences, self.table_pages),
             "kv_lens": (sequences,),
             "query_starts": (sequences + 1,),
@@ -63,12 +64,14 @@ def cut(flat, fields: dict[str, tuple[int, ...]]) -> dict:
 @dataclasses.dataclass(frozen=True)
 class HostBatch:
     """What one forward pass is launched with. `plan.rows[i]` is sequence i of the arrays: a draft row is one, too, with
-    the pages of the sequence that it continues.
+    the pages of the sequence that it continues. `embeddings` are
+    vectors in the place of tokens' own, where `use_embeddings` says so; None for nowhere.
     """
 
     plan: StepPlan
     shape: BatchShape
     ints: Int32[np.ndarray, " n"]
+    embeddings: Float32[np.ndarray, "rows D"] | None = None
 
 
 def choose(plan: StepPlan, shapes: Seq[BatchShape]) -> BatchShape:
@@ -95,6 +98,7 @@ def pack(plan: StepPlan, shapes: Seq[BatchShape], *, page_size: int, num_pages: 
     f["write_slots"][:] = scrap
     f["num_decodes"][...] = plan.decodes
 
+    embeddings: np.ndarray | None = None
     at = 0
     for i, row in enumerate(plan.rows):
         sequence, end = row.sequence, row.start + row.count
@@ -117,9 +121,16 @@ def pack(plan: StepPlan, shapes: Seq[BatchShape], *, page_size: int, num_pages: 
             f["write_slots"][at : at + row.count] = np.where(place >= sequence.shared_pages, slots, scrap)
         if sequence.request.adapter is not None:
             f["adapters"][at : at + row.count] = sequence.request.adapter.slot
+        given = sequence.request.given
+        if given is not None and given.used[row.start : end].any():
+            if embeddings is None:
+                embeddings = np.zeros((shape.rows, given.rows.shape[1]), np.float32)
+            used = given.used[row.start : end]
+            f["use_embeddings"][at : at + len(used)] = used
+            embeddings[at : at + len(used)] = given.rows[row.start : end]
         f["block_tables"][i, : len(sequence.pages)] = sequence.pages
         f["kv_lens"][i] = end
         at += row.count
         f["query_starts"][i + 1] = at
     f["query_starts"][len(plan.rows) + 1 :] = at
-    return HostBatch(plan, shape, ints)
+    return HostBatch(plan, shape, ints, embeddings)

@@ -20,7 +20,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float32
 from tqdm import tqdm
 
 from jaxstack.engine.adapters import AdapterRegistry
@@ -30,6 +32,8 @@ from jaxstack.engine.guided import GrammarCompiler
 from jaxstack.engine.invariance import differing_shapes
 from jaxstack.engine.listeners import Collector, Feed, wake_all
 from jaxstack.engine.pipeline import Pipeline
+from jaxstack.engine.pooling import Pooled, Pooling
+from jaxstack.engine.prompt_embeddings import EmbeddingPrompt, GivenEmbeddings, check_embeddings
 from jaxstack.engine.prompt_scores import PromptScores
 from jaxstack.engine.request import Delta, Listener, Request, RequestOutput, RequestTiming, SamplingParams, Sequence
 from jaxstack.engine.runner import Runner
@@ -163,7 +167,7 @@ class Engine:
 
     def submit(
         self,
-        prompt: Prompt,
+        prompt: Prompt | EmbeddingPrompt,
         sampling: SamplingParams | None = None,
         listener: Listener | None = None,
         request_id: str | None = None,
@@ -173,6 +177,7 @@ class Engine:
         priority: int = 0,
         timeout_s: float | None = None,
         adapter: str | None = None,
+        pooled: Pooled | None = None,
     ) -> str:
         """Queues a prompt; `listener` is called with every piece of every choice, on the thread that steps.
 
@@ -182,6 +187,7 @@ class Engine:
           priority: lower goes first and gives up its pages last; the policy decides among equals.
           timeout_s: so long after its arrival the request ends as it is, with finish_reason "timeout".
           adapter: the name of a loaded LoRA adapter to answer with.
+          pooled: gathers the prompt's hidden states in the place of an answer (see `embed`).
 
         Returns: the request's id.
 
@@ -197,14 +203,16 @@ class Engine:
         if not self._room():
             raise QueueFull(f"{self.config.max_waiting} requests wait already, which is the limit; try again later")
         sampling = sampling or SamplingParams()
-        tokens = self.check_prompt(prompt, sampling)
+        tokens, given = self._checked(prompt, sampling, 0 if pooled is not None else sampling.max_tokens or 1)
+        if given is not None and sampling.prompt_logprobs is not None:
+            raise UserError("prompt_logprobs: found a prompt of embeddings, expected one of tokens")
         _check_timeout(timeout_s)
         order, now = next(self._order), time.perf_counter()
         wanted = sampling.prompt_logprobs
         held = None if adapter is None else self._adapters.acquire(adapter)
         request = Request(
             request_id=request_id or f"request-{order}",
-            prompt=tuple(tokens),
+            prompt=tuple(max(token, 0) for token in tokens),
             sampling=sampling,
             arrival_s=now,
             order=order,
@@ -219,19 +227,30 @@ class Engine:
             deadline_s=None if timeout_s is None else now + timeout_s,
             scores=None if wanted is None else PromptScores(tuple(tokens), wanted),
             grammar=None if sampling.guide is None else self._grammars.compile(sampling.guide),
+            given=given,
+            pooled=pooled,
         )
         self._post(lambda: self._enter(request))
         return request.request_id
 
-    def check_prompt(self, prompt: Prompt, sampling: SamplingParams) -> list[int]:
-        """The prompt's token ids. Raises UserError for a prompt that could never be answered as `sampling` asks.
+    def check_prompt(self, prompt: Prompt | EmbeddingPrompt, sampling: SamplingParams) -> list[int]:
+        """The prompt's token ids, -1 for a vector. Raises UserError for a prompt that could never be answered as
+        `sampling` asks.
 
         Compiles the grammar of a guide, which may take a moment; afterwards it is known.
         """
+        return self._checked(prompt, sampling, sampling.max_tokens or 1)[0]
+
+    def _checked(
+        self, prompt: Prompt | EmbeddingPrompt, sampling: SamplingParams, wanted: int
+    ) -> tuple[list[int], GivenEmbeddings | None]:
         sampling.check_token_ids(self.vocab_size)
         if sampling.guide is not None:
             self._grammars.compile(sampling.guide)
-        if isinstance(prompt, str):
+        given = None
+        if isinstance(prompt, EmbeddingPrompt):
+            tokens, given = check_embeddings(prompt, self.model_config.hidden_size)
+        elif isinstance(prompt, str):
             if self.tokenizer is None:
                 raise UserError("prompt: found text, expected token ids (this engine has no tokenizer)")
             tokens = self.tokenizer.encode(prompt)
@@ -240,16 +259,15 @@ class Engine:
         if not tokens:
             raise UserError("prompt: found no tokens, expected at least one")
         low, high = min(tokens), max(tokens)
-        if low < 0 or high >= self.model_config.vocab_size:
+        if (low < 0 and given is None) or high >= self.model_config.vocab_size:
             bad = low if low < 0 else high
             raise UserError(f"prompt: found token id {bad}, expected ids from 0 to {self.model_config.vocab_size - 1}")
-        wanted = sampling.max_tokens or 1
         if len(tokens) + wanted > self.max_model_len:
             raise PromptTooLong(
                 f"prompt: found {len(tokens)} tokens and {wanted} to generate, "
                 f"expected at most {self.max_model_len} together"
             )
-        return tokens
+        return tokens, given
 
     def abort(self, request_id: str) -> None:
         """Ends a request before the next step; its listener gets a last piece with finish_reason "abort"."""
@@ -257,7 +275,7 @@ class Engine:
 
     def generate(
         self,
-        prompts: Seq[Prompt],
+        prompts: Seq[Prompt | EmbeddingPrompt],
         sampling: SamplingParams | Seq[SamplingParams] | None = None,
         *,
         progress: bool = False,
@@ -285,10 +303,13 @@ class Engine:
         collectors: dict[str, Collector] = {}
         with tqdm(total=len(prompts), desc="generating", unit="prompt", disable=not progress) as bar:
             try:
-                for ids, params in zip(tokens, each):
+                for prompt, ids, params in zip(prompts, tokens, each):
+                    asked = prompt if isinstance(prompt, EmbeddingPrompt) else ids
                     self._wait_until(self._room)
                     collector = Collector(ids, params.n, bar.update)
-                    name = self.submit(ids, params, collector, priority=priority, timeout_s=timeout_s, adapter=adapter)
+                    name = self.submit(
+                        asked, params, collector, priority=priority, timeout_s=timeout_s, adapter=adapter
+                    )
                     collectors[name] = collector
                 for collector in collectors.values():
                     self._wait_for(collector)
@@ -299,9 +320,41 @@ class Engine:
                 raise
         return [c.output() for c in collectors.values()]
 
+    def embed(
+        self, prompts: Seq[Prompt | EmbeddingPrompt], pooling: Pooling = "last", adapter: str | None = None
+    ) -> list[Float32[np.ndarray, " D"]]:
+        """The final hidden states of each prompt, pooled and not normalised. Blocks; callable from any thread.
+
+        Raises:
+          UserError: a prompt is wrong (see `submit`), or the pooling unknown; then none is started.
+          RuntimeError: a prompt was aborted, or its hidden states are not finite.
+        """
+        nothing = SamplingParams(max_tokens=1, temperature=0.0)
+        gathered = [Pooled(pooling) for _ in prompts]
+        tokens = [self._checked(prompt, nothing, 0)[0] for prompt in prompts]
+        self.warm_up(False)
+        collectors: dict[str, Collector] = {}
+        try:
+            for prompt, ids, pooled in zip(prompts, tokens, gathered):
+                self._wait_until(self._room)
+                collector = Collector(ids, 1, lambda: None)
+                asked = prompt if isinstance(prompt, EmbeddingPrompt) else ids
+                collectors[self.submit(asked, nothing, collector, adapter=adapter, pooled=pooled)] = collector
+            for collector in collectors.values():
+                self._wait_for(collector)
+        except BaseException:
+            for request_id, collector in collectors.items():
+                if not collector.done.is_set():
+                    self.abort(request_id)
+            raise
+        vectors = [pooled.vector for pooled in gathered]
+        if any(v is None or not np.isfinite(v).all() for v in vectors):
+            raise RuntimeError("a prompt could not be embedded: it was aborted, or its hidden states are not finite")
+        return [v for v in vectors if v is not None]
+
     async def stream(
         self,
-        prompt: Prompt,
+        prompt: Prompt | EmbeddingPrompt,
         sampling: SamplingParams | None = None,
         request_id: str | None = None,
         *,
@@ -376,6 +429,39 @@ class Engine:
                 self.scheduler.tree.drop(namespace)
 
         self._between_steps(forget)
+
+    def update_weights(self, decoder: Decoder, *, abort: bool = False) -> None:
+        """Goes on with other weights of the same model, between two steps. Cached prefixes are forgotten. Blocks.
+
+        Args:
+          decoder: as loaded or trained, without adapters. Its weights are taken over.
+          abort: end running requests with finish_reason "abort"; otherwise they go on, with what they have so far
+            computed anew.
+
+        Raises:
+          UserError: another model, or other shapes or dtypes; then nothing has changed.
+        """
+        if decoder.config != self.model_config:
+            raise UserError("weights: found a decoder of another configuration, expected the one that is served")
+        fresh = self._serving_form(decoder, self.runner.dtype)
+
+        def exchange() -> None:
+            self._pipeline.settle()
+            self.runner.replace_weights(fresh)
+            for sequence in list(self.scheduler.running):
+                if not abort:
+                    self.scheduler.preempt(sequence)
+                elif sequence.finish_reason is None:
+                    self._answers.end_request(sequence.request.request_id, "abort")
+            self.scheduler.tree.clear()
+            self._answers.weights_version += 1
+
+        self._between_steps(exchange)
+
+    @property
+    def weights_version(self) -> int:
+        """How often the weights have been exchanged."""
+        return self._answers.weights_version
 
     # The step loop.
 

@@ -93,9 +93,13 @@ class Pipeline:
         self.scheduler.settled(plan)
         if future.scores is not None:
             self._take_scores(plan, PageScores(*map(np.asarray, future.scores)))
+        self._take_hidden(plan, future)
         accepted: dict[Sequence, list[bool]] = {}
         for i, row in enumerate(plan.rows):
             if row.samples and row.sequence.finish_reason is None:
+                if row.sequence.request.pooled is not None:
+                    self._answers.end_request(row.sequence.request.request_id, "stop")
+                    continue
                 if row.draft is not None:
                     accepted.setdefault(row.sequence, []).append(self.scheduler.accept(row))
                     if not accepted[row.sequence][-1]:
@@ -105,6 +109,16 @@ class Pipeline:
                 self._answers.take(row.sequence, tokens[i], logprobs, now)
         for sequence, each in accepted.items():
             sequence.drafter.learn(len(each), sum(each))
+
+    def _take_hidden(self, plan: StepPlan, future: StepFuture) -> None:
+        hidden, at = None, 0
+        for row in plan.rows:
+            pooled = row.sequence.request.pooled
+            if pooled is not None and row.sequence.finish_reason is None:
+                if hidden is None:
+                    hidden = np.asarray(future.hidden).astype(np.float32)
+                pooled.add(row.start, hidden[at : at + row.count], last=row.samples)
+            at += row.count
 
     def _take_scores(self, plan: StepPlan, scores: PageScores) -> None:
         at = 0

@@ -61,12 +61,13 @@ def check_embeddings(prompt: EmbeddingPrompt, hidden_size: int) -> tuple[list[in
       UserError: not a row of `hidden_size` finite numbers for each position.
     """
     rows = np.asarray(prompt.embeddings)
-    if rows.ndim != 2 or rows.shape[1] != hidden_size or not np.issubdtype(rows.dtype, np.number):
+    numbers = rows.dtype.kind in "fiu" or rows.dtype.name == "bfloat16"
+    if rows.ndim != 2 or rows.shape[1] != hidden_size or not numbers:
         raise UserError(
             f"prompt: found embeddings of shape {list(rows.shape)} and type {rows.dtype}, expected numbers "
             f"[tokens, {hidden_size}]"
         )
-    rows = np.ascontiguousarray(rows, np.float32)
+    rows = np.ascontiguousarray(rows.astype(np.float32))
     ids = [-1] * len(rows) if prompt.token_ids is None else [int(i) for i in prompt.token_ids]
     if len(ids) != len(rows):
         raise UserError(f"prompt: found {len(ids)} token ids for {len(rows)} embeddings, expected as many")

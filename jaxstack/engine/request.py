@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
 
 from jaxstack.engine.adapters import Adapter
+from jaxstack.engine.pooling import Pooled
+from jaxstack.engine.prompt_embeddings import GivenEmbeddings
 from jaxstack.runtime.errors import UserError
 
 FinishReason = Literal["stop", "length", "abort", "error", "timeout"]
@@ -266,6 +268,7 @@ class Delta:
     cached_tokens: int
     discarded_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    weights_version: int = 0
 
 
 @dataclasses.dataclass
@@ -278,6 +281,7 @@ class Completion:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     logprobs: list[TokenLogprob] | None = None
+    weights_version: int = 0
 
     def add(self, delta: Delta) -> None:
         """Appends a piece of this choice."""
@@ -285,6 +289,7 @@ class Completion:
         self.token_ids.extend(delta.token_ids)
         if delta.logprobs:
             self.logprobs = (self.logprobs or []) + list(delta.logprobs)
+        self.weights_version = delta.weights_version
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
 
 
@@ -333,7 +338,8 @@ class Request:
 
     `namespace` keeps prefix caches apart. Lower `priority` goes first. At `deadline_s` (of `time.perf_counter`) it ends
     with what it has. `unfinished` choices of it are still generated. `scores` gathers the logprobs of the prompt's own
-    tokens where they are wanted; choice 0 computes them.
+    tokens where they are wanted; choice 0 computes them. `given` holds the vectors that stand in the prompt where its
+    token is 0 for want of one. `pooled` gathers hidden states, and no token is wanted.
     """
 
     request_id: str
@@ -356,6 +362,12 @@ class Request:
     deadline_s: float | None = None
     scores: Any = None
     grammar: Any = None
+    given: GivenEmbeddings | None = None
+    pooled: Pooled | None = None
+
+    def needs_hidden(self, start: int) -> bool:
+        """Whether a row at that position belongs in a step that takes given embeddings and hands out hidden states."""
+        return self.pooled is not None or (self.given is not None and start < len(self.prompt))
 
     @property
     def choices(self) -> int:

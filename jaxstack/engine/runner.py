@@ -39,6 +39,7 @@ from jaxstack.models.peft_format import PeftAdapter
 from jaxstack.models.serving_layout import count_rows
 from jaxstack.models.tensor_parallel import AXIS, cached_kv_heads
 from jaxstack.runtime.compilation import CompileCounter
+from jaxstack.runtime.errors import UserError
 from kernels.kv_write import kv_write
 from kernels.paged_attention import paged_attention, ragged
 
@@ -60,6 +61,7 @@ class StepFuture:
     batch: HostBatch
     sampled: Sampled
     scores: Scores | None = None
+    hidden: Float[Array, "rows D"] | None = None
 
     def tokens(self) -> list[int]:
         """One token per sequence row; -1 where the logits were not finite. Only rows that sample count."""
@@ -122,6 +124,7 @@ class Runner:
         self.reset_cache()
         self._steps: dict[BatchShape, Callable] = {}
         self._scorers: dict[BatchShape, Callable] = {}
+        self._nothing_given: dict[BatchShape, Array] = {}
         self._counter = CompileCounter()
 
     @property
@@ -160,7 +163,11 @@ class Runner:
             ints = np.zeros(size(shape.int_fields), np.int32)
             cut(ints, shape.int_fields)["write_slots"][:] = (self._cache_shape[1] - 1) * self.page_size
             step = self.compile(shape)
-            self._cache, logits, hidden = step(self._weights, self._cache, ints, self.sampler.last_token)
+            if not shape.decode:
+                nothing = np.zeros((shape.rows, self.config.hidden_size), np.float32)
+                self._nothing_given[shape] = self._placement.put(nothing)
+            given = self._nothing_given.get(shape)
+            self._cache, logits, hidden = step(self._weights, self._cache, ints, self.sampler.last_token, given)
             if hidden is not None:
                 self._scorers[shape] = self.compile_scorer(shape)
                 self._scorers[shape](self._weights, hidden, np.full(shape.rows, -1, np.int32))
@@ -171,19 +178,21 @@ class Runner:
         self._counter.reset()
 
     def compile(self, shape: BatchShape):
-        """The compiled forward pass of one shape (`jax.stages.Compiled`): weights, cache, ints, last tokens -> cache,
-        logits, and hidden states unless every row has logits.
+        """The compiled forward pass of one shape (`jax.stages.Compiled`): weights, cache, ints, last tokens, given
+        embeddings (None in a decode step) -> cache, logits, and hidden states unless every row has logits.
         """
         place = self._placement
         ints = place.struct((size(shape.int_fields),), jnp.int32)
 
-        def step(weights, cache, ints, last_token):
-            return self._step(shape, weights, cache, ints, last_token)
+        given = None if shape.decode else place.struct((shape.rows, self.config.hidden_size), jnp.float32)
+
+        def step(weights, cache, ints, last_token, given):
+            return self._step(shape, weights, cache, ints, last_token, given)
 
         jitted = jax.jit(
             step, donate_argnums=(1,), out_shardings=place.all_of(place.cache, place.logits, place.everywhere)
         )
-        return jitted.lower(self._weights, self._cache, ints, self.sampler.last_token).compile()
+        return jitted.lower(self._weights, self._cache, ints, self.sampler.last_token, given).compile()
 
     def compile_scorer(self, shape: BatchShape):
         """The compiled scorer of prompt tokens: weights, hidden states, targets -> `Scores`."""
@@ -200,8 +209,9 @@ class Runner:
 
     def launch(self, batch: HostBatch) -> Launched:
         """Starts the forward pass of a step and returns at once."""
+        given = self._nothing_given.get(batch.shape) if batch.embeddings is None else batch.embeddings
         step = self._steps[batch.shape]
-        self._cache, logits, hidden = step(self._weights, self._cache, batch.ints, self.sampler.last_token)
+        self._cache, logits, hidden = step(self._weights, self._cache, batch.ints, self.sampler.last_token, given)
         return Launched(batch, logits, hidden)
 
     def score(self, launched: Launched, targets: Int32[np.ndarray, " rows"]) -> Launched:
@@ -213,7 +223,23 @@ class Runner:
         """Starts the sampler of a launched step and returns at once. Comes before the next `launch`."""
         sampled = self.sampler.draw(launched.logits, draws)
         sampled.token.copy_to_host_async()
-        return StepFuture(launched.batch, sampled, launched.scores)
+        return StepFuture(launched.batch, sampled, launched.scores, launched.hidden)
+
+    def replace_weights(self, decoder: Decoder) -> None:
+        """Takes the weights of another decoder of the same form, for steps launched from now on; adapters stay.
+
+        Raises:
+          UserError: an array of another shape or dtype.
+        """
+        adapters, old = self._weights
+        _, _, new = nnx.split(decoder, AdapterFactors, ...)
+        shapes = [{jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(t)} for t in (old, new)]
+        for name, x in shapes[0].items():
+            found = shapes[1].get(name)
+            if found is None or (found.shape, found.dtype) != (x.shape, x.dtype):
+                what = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
+                raise UserError(f"weights: {name}: found {what}, expected {x.dtype} {list(x.shape)}")
+        self._weights = (adapters, new)
 
     def adapter_contents(self, adapter: PeftAdapter, source: str | Path) -> list[AdapterStack]:
         """What `write_adapter` puts into a slot for a PEFT adapter: host arrays. Raises as `slot_contents` does."""
@@ -245,8 +271,8 @@ class Runner:
         self._cache = place.zeros(self._cache_shape, self.dtype, place.cache)
         self.sampler.reset()
 
-    def _step(self, shape: BatchShape, weights, cache, ints, last_token):
-        def forward(weights, cache, ints, last_token):
+    def _step(self, shape: BatchShape, weights, cache, ints, last_token, given):
+        def forward(weights, cache, ints, last_token, given):
             f = cut(ints, shape.int_fields)
             known = f["tokens"]
             tokens = jnp.where(known >= 0, known, last_token[jnp.maximum(-1 - known, 0)])
@@ -262,11 +288,18 @@ class Runner:
             decoder = nnx.merge(self._graph, *weights)
             count_rows(decoder.layers, f["query_starts"][-1])
             hidden, cache = decoder.hidden(
-                tokens, f["positions"], attend, cache, adapter_ids=f["adapters"], compute_dtype=self.dtype
+                tokens,
+                f["positions"],
+                attend,
+                cache,
+                adapter_ids=f["adapters"],
+                input_embeddings=given,
+                use_embeddings=None if given is None else f["use_embeddings"] > 0,
+                compute_dtype=self.dtype,
             )
             return cache, hidden
 
-        cache, hidden = self._placement.shared(forward, self._weights)(weights, cache, ints, last_token)
+        cache, hidden = self._placement.shared(forward, self._weights)(weights, cache, ints, last_token, given)
         decoder, f = nnx.merge(self._graph, *weights), cut(ints, shape.int_fields)
         starts = f["query_starts"]
         count_rows(decoder.lm_head, (starts[1:] > starts[:-1]).sum())

@@ -36,6 +36,11 @@ class Row:
     scores: bool = False
     draft: int | None = None
 
+    @property
+    def decode(self) -> bool:
+        """Whether a decode step will do: one token in, one token out."""
+        return self.count == 1 and self.samples and not self.sequence.request.needs_hidden(self.start)
+
 
 @dataclasses.dataclass
 class StepPlan:
@@ -166,8 +171,8 @@ class Scheduler:
         except _Unsettled:
             return None
         chosen = [row for each in rows.values() for row in each]
-        decodes = [r for r in chosen if r.count == 1 and r.samples]
-        chunks = [r for r in chosen if not (r.count == 1 and r.samples)]
+        decodes = [r for r in chosen if r.decode]
+        chunks = [r for r in chosen if not r.decode]
         return StepPlan(decodes + chunks, len(decodes))
 
     def launched(self, plan: StepPlan) -> None:
@@ -411,6 +416,9 @@ class Scheduler:
         sequence.slot, sequence.computed = -1, 0
 
     def _shares(self, sequence: Sequence) -> bool:
+        pooled = sequence.request.pooled
+        if pooled is not None and pooled.whole:
+            return False
         return self.prefix_caching or sequence.request.choices > 1
 
     def _namespace(self, sequence: Sequence) -> Hashable:
@@ -426,8 +434,10 @@ class Scheduler:
 
     def _keys(self, sequence: Sequence, pages: int) -> list[tuple[int, ...]]:
         size, keys = self.page_size, sequence.keys
+        given = sequence.request.given
         for i in range(len(keys), pages):
-            keys.append(tuple(sequence.tokens[i * size : (i + 1) * size]))
+            tokens = sequence.tokens[i * size : (i + 1) * size]
+            keys.append(tuple(tokens) if given is None else given.page_key(tokens, i * size))
         return keys if len(keys) == pages else keys[:pages]
 
     def _path(self, node) -> list[int]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxstack.engine import Engine, EngineConfig, SamplingParams
+from jaxstack.engine import EmbeddingPrompt, Engine, EngineConfig, SamplingParams
 from jaxstack.models import Decoder, DecoderConfig, dense_attention, lora
 from jaxstack.models.peft_format import save_peft
 from jaxstack.runtime.errors import UserError
@@ -108,7 +108,6 @@ def engine(plain):
     made = Engine(decoder(), None, SETTINGS)
     made.warm_up(progress=False)
     yield made
-    assert made.stats().recompilations == 0
     made.close()
 
 
@@ -219,6 +218,90 @@ def test_adapters_come_and_go_beside_running_requests(engine, folders, plain):
     while engine.stats().running and time.monotonic() < deadline:
         time.sleep(0.01)
     assert engine.stats().recompilations == 0
+
+
+def hidden_states(prompt, name, factors):
+    model = decoder()
+    if name is not None:
+        lora.set_adapters(model, [factors[name]])
+        model = lora.merge(model)
+    tokens = jnp.asarray([prompt])
+    return np.asarray(model.hidden(tokens, jnp.arange(len(prompt))[None], dense_attention())[0][0])
+
+
+def test_embeddings_are_the_hidden_states_pooled(folders, plain):
+    made = Engine(decoder(), None, SETTINGS)
+    made.warm_up(progress=False)
+    made.load_adapter("one", folders[0]["one"])
+    asked = [[7], prompts(5, 1)[0] + list(range(45)), prompts(6, 1)[0]]
+    for name in (None, "one"):
+        for pooling in ("last", "mean", "last"):  # the second time from the prefix cache
+            found = made.embed(asked, pooling, name)
+            for prompt, vector in zip(asked, found):
+                states = hidden_states(prompt, name, folders[1])
+                np.testing.assert_allclose(vector, states[-1] if pooling == "last" else states.mean(0), atol=2e-4)
+    with pytest.raises(UserError, match="pooling: found 'max', expected one of mean, last"):
+        made.embed(asked, "max")
+    made.scheduler.check_accounting()
+
+
+def test_prompts_as_embeddings(plain):
+    model = decoder()
+    table = np.asarray(model.embed.embedding.get_value())
+    made = Engine(model, None, SETTINGS)
+    made.warm_up(progress=False)
+    prompt = prompts(8, 1)[0] + [9] * 21
+    rows = table[prompt]
+    half = [token if i % 2 else -1 for i, token in enumerate(prompt)]
+    for ids in (None, half):
+        asked = EmbeddingPrompt(rows, ids)
+        for again in (False, True):
+            (output,) = made.generate([asked], GREEDY)
+            assert_answers(plain, None, prompt, output)
+            assert (output.cached_tokens > 0) == again
+    other = rows.copy()
+    other[1] += 0.5
+    (output,) = made.generate([EmbeddingPrompt(other)], GREEDY)
+    assert output.cached_tokens == 0
+    np.testing.assert_allclose(made.embed([EmbeddingPrompt(rows)])[0], made.embed([prompt])[0], atol=1e-4)
+    assert made.stats().recompilations == 0
+    for bad, message in (
+        (EmbeddingPrompt(rows[:, :5]), "expected numbers"),
+        (EmbeddingPrompt(rows, [1]), "found 1 token ids"),
+        (EmbeddingPrompt(rows * np.nan), "not finite"),
+    ):
+        with pytest.raises(UserError, match=message):
+            made.generate([bad], GREEDY)
+
+
+def test_new_weights(folders, plain):
+    """The weights of the model that adapter "one" was merged into: the rest of an answer is theirs."""
+    made = Engine(decoder(), None, SETTINGS)
+    made.warm_up(progress=False)
+    prompt = prompts(9, 1)[0] + [3] * 9
+    (output,) = made.generate([prompt], GREEDY)
+    assert_answers(plain, None, prompt, output)
+    assert output.completions[0].weights_version == 0
+    other = decoder()
+    lora.set_adapters(other, [folders[1]["one"]])
+    other = lora.merge(other)
+    ended, kept = [], []
+    made.submit(prompt, GREEDY, ended.append)
+    for _ in range(3):
+        made.step()
+    made.update_weights(nnx.merge(*nnx.split(other)), abort=True)
+    assert ended[-1].finish_reason == "abort"
+    made.submit(prompt, GREEDY, kept.append)
+    made.update_weights(other)
+    while made.step():
+        pass
+    assert kept[-1].finish_reason == "length"
+    assert kept[-1].weights_version == made.weights_version == 2
+    (output,) = made.generate([prompt], GREEDY)
+    assert_answers(plain, "one", prompt, output)
+    with pytest.raises(UserError, match="another configuration"):
+        made.update_weights(Decoder.abstract(dataclasses.replace(MODEL, rms_norm_eps=1e-5)))
+    made.scheduler.check_accounting()
 
 
 def test_refusals(engine, folders, tmp_path):
