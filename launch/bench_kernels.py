@@ -1,119 +1,99 @@
-"""How fast the kernels are here, each implementation beside the others: `python -m launch.bench_kernels --rows=1,32`.
+"""How fast the kernels are here, each implementation beside the others: `python -m launch.bench_kernels --ops=matmul`.
 
-Per shape and number of rows, for every implementation: the largest error against float64 (relative to the largest
-value, over the first and last 128 columns), the least time of many calls, and what that is in GF/s, in GB/s of weights,
-and as a share of this machine's copy bandwidth measured in the same run. Implementations take turns call by call, so
-that a busy machine disturbs all alike, and weights take turns too, so that they come from memory as in a decode step.
+For every case and every implementation that can run here: the largest error against the oracle ("ref"), the least time
+of many calls, and the share of the memory limit: bytes that the operation must move, over the time, over the bandwidth
+of a copy measured in the same run. (Products of many rows are bound by arithmetic, and their share says nothing.)
+Each operation begins with a small ragged case that has no times, with Pallas's interpreter among the implementations.
+Implementations take turns call by call, so that a busy machine disturbs all alike.
+
+`--scale=full` takes the shapes of an 8B model, for an accelerator. Writes summary.json and bench_kernels.png.
 """
 
+import json
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from kernels.matmul import available, matmul, pack, why_not
+from kernels import matmul as matmul_package
+from kernels import platforms
 from launch import job
+from launch.kernel_benchmark import attention, heads_and_rows, matmul, measure, mixture, report
+from launch.kernel_benchmark.case import Cases, Scale
+from launch.serve_benchmark.machine import FOREIGN_LIMIT, LoadMeter, describe
 
-_OPS = flags.DEFINE_list("ops", ["matmul"], "which kernels to measure: matmul")
-_ROWS = flags.DEFINE_list("rows", ["1", "8", "32", "256"], "numbers of rows (tokens) per call")
-_SHAPES = flags.DEFINE_list(
-    "shapes",
-    ["896x4864", "4864x896", "896x896", "896x1152", "896x9728", "896x151936"],
-    "weight shapes, KxN; the default is what Qwen2.5-0.5B multiplies by",
-)
-_SECONDS = flags.DEFINE_float("seconds", 1.5, "time to measure per shape and number of rows", lower_bound=0.0)
+OPS = {
+    "matmul": lambda scale: _matmul_cases(scale),
+    "paged_attention": attention.attention_cases,
+    "kv_write": attention.kv_write_cases,
+    "grouped_matmul": mixture.grouped_matmul_cases,
+    "lora_matmul": mixture.lora_matmul_cases,
+    "sample_threshold": heads_and_rows.sample_threshold_cases,
+    "rms_norm_rope": heads_and_rows.rms_norm_rope_cases,
+}
 
-_COLD_BYTES = 96 << 20  # at least this much weight, and 8 matrices, between two uses of the same matrix
-_COPY_BYTES = 48 << 20  # far beyond the caches, short enough to catch a quiet moment
-
-Row = dict[str, Any]
+_OPS = flags.DEFINE_list("ops", list(OPS), f"which operations to measure, among {', '.join(OPS)}")
+_SCALE = flags.DEFINE_enum("scale", "default", ["default", "full"], "shapes: of a 0.5B model, or of an 8B model")
+_ROWS = flags.DEFINE_list("rows", None, "matmul only: numbers of rows (tokens) per call")
+_SHAPES = flags.DEFINE_list("shapes", None, "matmul only: weight shapes, KxN")
+_SECONDS = flags.DEFINE_float("seconds", 0.6, "time to measure each case", lower_bound=0.0)
+_WORKDIR = flags.DEFINE_string("workdir", "work/bench_kernels", "where summary.json and bench_kernels.png go")
 
 
 def run() -> dict[str, Any]:
     for op in _OPS.value:
-        if op not in BENCHMARKS:
-            raise job.BadUsage(f"--ops: unknown kernel {op!r}; expected one of {', '.join(BENCHMARKS)}")
-    rows = [_positive(text, "--rows") for text in _ROWS.value]
-    shapes = [_shape(text) for text in _SHAPES.value]
-    copy = _copy_bandwidth()
-    print(f"copy bandwidth {copy / 1e9:.1f} GB/s (bytes read + written)", file=sys.stderr)
-    results: list[Row] = []
-    for op in _OPS.value:
-        results += tqdm(BENCHMARKS[op](rows, shapes, copy), op, len(rows) * len(shapes) * 2, leave=False)
-    print(_table(results), file=sys.stderr)
-    return {"copy_gb_per_s": round(copy / 1e9, 2), "compiled_kernel": why_not() or "available", "results": results}
+        if op not in OPS:
+            raise job.BadUsage(f"--ops: unknown operation {op!r}; expected some of {', '.join(OPS)}")
+    if not _OPS.value:
+        raise job.BadUsage(f"--ops: found none, expected some of {', '.join(OPS)}")
+    _matmul_choice(cast(Scale, _SCALE.value))  # a wrong number shows before anything is measured
+    workdir = Path(_WORKDIR.value)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise job.BadUsage(f"--workdir: {workdir}: {error.strerror}") from error
+
+    rows: list[measure.Row] = []
+    with LoadMeter() as meter:
+        copy = measure.copy_bandwidth()
+        print(f"copy bandwidth {copy / 1e9:.1f} GB/s (bytes read + written)", file=sys.stderr)
+        for op in _OPS.value:
+            for case in tqdm(OPS[op](_SCALE.value), op, leave=False, unit=" cases"):
+                rows += measure.rows_of(case, _SECONDS.value, copy)
+    print(report.table(rows), file=sys.stderr)
+    device = jax.devices()[0].device_kind
+    quiet = meter.foreign_cores < FOREIGN_LIMIT
+    if not quiet:
+        print(f"other programs used {meter.foreign_cores:.1f} cores: do not believe the times", file=sys.stderr)
+    summary = {
+        "device": describe()["cpu"] if platforms.platform() == "cpu" else device,
+        "jax": jax.__version__,
+        "scale": _SCALE.value,
+        "copy_gb_per_s": round(copy / 1e9, 2),
+        "compiled_kernels": matmul_package.why_not() or "available",
+        "foreign_cores": round(meter.foreign_cores, 2),
+        "conclusive": quiet,
+        "workdir": str(workdir),
+        "results": rows,
+    }
+    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    title = f"{summary['device']}, copy {copy / 1e9:.1f} GB/s, jax {jax.__version__}"
+    report.plot(
+        rows, title if quiet else f"{title} (NOT CONCLUSIVE: other programs ran)", workdir / "bench_kernels.png"
+    )
+    return summary
 
 
-def _matmul(rows: Sequence[int], shapes: Sequence[tuple[int, int]], copy_bytes_per_s: float) -> Iterator[Row]:
-    for depth, columns in shapes:
-        # Cold in every case: the head alone is larger than any cache, and its copies would not fit small machines.
-        count = max(1, min(8, (1 << 30) // (4 * depth * columns)))
-        count = max(count, _COLD_BYTES // (4 * depth * columns))
-        rng = np.random.default_rng(0)
-        plain = [jnp.asarray(rng.standard_normal((depth, columns), dtype=np.float32)) for _ in range(count)]
-        forms: dict[str, tuple[Callable, list]] = {"xla": (jax.jit(matmul), plain)}
-        if available():
-            forms["cpu"] = (jax.jit(matmul), [pack(w) for w in plain])
-        for n in rows:
-            x = jnp.asarray(rng.standard_normal((n, depth), dtype=np.float32))
-            sample = np.r_[: min(128, columns), max(0, columns - 128) : columns]
-            wanted = np.asarray(x, np.float64) @ np.asarray(plain[0])[:, sample]
-            errors = {
-                name: float(np.abs(np.asarray(f(x, w[0]))[:, sample] - wanted).max() / np.abs(wanted).max())
-                for name, (f, w) in forms.items()
-            }
-            for name, seconds in _least_seconds(forms, x, count).items():
-                work, size = 2 * n * depth * columns, 4 * depth * columns
-                yield {
-                    "op": "matmul",
-                    "shape": f"{depth}x{columns}",
-                    "rows": n,
-                    "implementation": name,
-                    "error": float(f"{errors[name]:.1e}"),
-                    "ms": round(seconds * 1e3, 4),
-                    "gf_per_s": round(work / seconds / 1e9, 1),
-                    "weight_gb_per_s": round(size / seconds / 1e9, 2),
-                    "share_of_copy": round(size / seconds / copy_bytes_per_s, 3),
-                }
+def _matmul_cases(scale: Scale) -> Cases:
+    return matmul.cases(*_matmul_choice(scale))
 
 
-def _least_seconds(forms: dict[str, tuple[Callable, list]], x: jax.Array, count: int) -> dict[str, float]:
-    """The least time of one call of each form, the forms and the weights taking turns."""
-    least = dict.fromkeys(forms, float("inf"))
-    calls, deadline = 0, time.perf_counter() + _SECONDS.value
-    while calls < 3 or time.perf_counter() < deadline:
-        for name, (function, weights) in forms.items():
-            start = time.perf_counter()
-            function(x, weights[calls % count]).block_until_ready()
-            least[name] = min(least[name], time.perf_counter() - start)
-        calls += 1
-    return least
-
-
-def _copy_bandwidth() -> float:
-    """Bytes per second, read plus written, of a copy too large for any cache, on as many threads as XLA takes."""
-    source = jnp.zeros(_COPY_BYTES // 4, jnp.float32)
-    copy = jax.jit(lambda to, x: to.at[:].set(x + 1), donate_argnums=0)
-    to, least = jnp.zeros_like(source), float("inf")
-    for _ in range(80):
-        to.block_until_ready()
-        start = time.perf_counter()
-        to = copy(to, source).block_until_ready()
-        least = min(least, time.perf_counter() - start)
-    return 2 * _COPY_BYTES / least
-
-
-def _table(results: Sequence[Row]) -> str:
-    columns = list(results[0]) if results else []
-    cells = [columns, *([str(row[c]) for c in columns] for row in results)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells)
+def _matmul_choice(scale: Scale) -> tuple[list[tuple[int, int]], list[int]]:
+    shapes = [_shape(text) for text in _SHAPES.value or matmul.SHAPES[scale]]
+    return shapes, [_positive(text, "--rows") for text in _ROWS.value or map(str, matmul.ROWS[scale])]
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -128,8 +108,6 @@ def _positive(text: str, flag: str) -> int:
         raise job.BadUsage(f"{flag}: found {text!r}, expected a positive whole number")
     return int(text)
 
-
-BENCHMARKS = {"matmul": _matmul}
 
 if __name__ == "__main__":
     job.main(run)

@@ -3,10 +3,31 @@
 import jax
 import jax.numpy as jnp
 
+from kernels.platforms import platform
 from kernels.sample_threshold.threshold import HIGHEST, LOWEST, Threshold, of_order, order_of
+
+# Rows that go together on a CPU, so that what bisection passes over again and again stays in its caches: three to four
+# times as fast as all of 32 rows of 152 k at once. Rows that filter nothing cost nothing if their whole block does not.
+_BLOCK = 4
 
 
 def sample_threshold(scaled, top_k, top_p, min_p):
+    if platform() != "cpu":
+        return _block(scaled, top_k, top_p, min_p)
+    rows = scaled.shape[0]
+    surplus = -rows % _BLOCK
+    filters = (
+        jnp.pad(top_k, (0, surplus)),
+        jnp.pad(top_p, (0, surplus), constant_values=1.0),
+        jnp.pad(min_p, (0, surplus)),
+    )
+    arrays = (jnp.pad(scaled, ((0, surplus), (0, 0))), *filters)
+    blocks = [a.reshape(-1, _BLOCK, *a.shape[1:]) for a in arrays]
+    found = jax.lax.map(lambda block: _block(*block), tuple(blocks))
+    return jax.tree.map(lambda a: a.reshape(-1)[:rows], found)
+
+
+def _block(scaled, top_k, top_p, min_p):
     vocab = scaled.shape[1]
     order = order_of(scaled)
     highest = scaled.max(-1)
