@@ -265,6 +265,8 @@ def test_every_feature_without_recompiling(engine):
         SamplingParams(max_tokens=5, temperature=0.0, logprobs=0),
         SamplingParams(max_tokens=5, top_k=100, top_p=0.9, seed=4),
         SamplingParams(max_tokens=None, temperature=0.0),
+        SamplingParams(max_tokens=5, seed=2, prompt_logprobs=2),
+        SamplingParams(max_tokens=5, seed=2, n=2, best_of=3),
     ]
     asked = prompts(4, len(features))
     compiled = CompileCounter()
@@ -438,9 +440,11 @@ def test_bad_sampling_parameters_get_one_line(change, message):
         SamplingParams(**change)
 
 
-def test_steps_update_the_cache_in_place(engine):
-    runner = engine.runner
+def test_steps_update_the_cache_in_place():
+    """A copy of the cache in any step would show as temporary memory; it is large here beside everything else."""
+    runner = Engine(decoder(), byte_tokenizer(), dataclasses.replace(SETTINGS, num_pages=4000)).runner
+    assert runner.cache_bytes > 12e6
     for shape in runner.shapes:
         memory = runner.compile(shape).memory_analysis()
         assert memory.alias_size_in_bytes >= runner.cache_bytes
-        assert memory.temp_size_in_bytes < max(runner.cache_bytes / 4, 4e5)
+        assert memory.temp_size_in_bytes < runner.cache_bytes / 4

@@ -1,17 +1,26 @@
-"""One request, one answer, bit for bit: alone, in a crowd, cold, cached, preempted, in other chunks, with guesses."""
+"""One request, one answer, bit for bit: alone, in a crowd, cold, cached, preempted, in other chunks, with guesses; and
+by any schedule the greedy answer of a plain loop without a cache.
+"""
 
 import dataclasses
+import functools
 import itertools
 import random
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxstack.engine import Engine, EngineConfig, SamplingParams
 from jaxstack.engine.invariance import differing_shapes
+from jaxstack.engine.scheduler import Scheduler
+from jaxstack.engine.scheduling import FirstComeFirstServed
 from jaxstack.engine.speculate import Drafter
+from jaxstack.models.attention import dense_attention
 from jaxstack.models.decoder import Decoder, DecoderConfig
 from jaxstack.runtime.compilation import CompileCounter
 from jaxstack.runtime.errors import UserError
@@ -38,7 +47,41 @@ SETTINGS = EngineConfig(
 
 
 @pytest.fixture(scope="module")
-def engine() -> Engine:
+def plain():
+    """(tokens, count) -> the greedy continuation by a forward pass over everything for every token.
+
+    It ends at a near-tie, where rounding decides.
+    """
+    window = MODEL.max_position_embeddings
+    graph, state = nnx.split(Decoder(MODEL, rngs=nnx.Rngs(0)))
+
+    @jax.jit
+    def following(tokens, length):
+        positions = jnp.arange(window)[None]
+        attend = dense_attention((positions < length).astype(jnp.int32))
+        logits, _ = nnx.merge(graph, state)(tokens[None], positions, attend)
+        return jax.lax.top_k(logits[0, length - 1], 2)
+
+    @functools.cache
+    def step(tokens: tuple[int, ...]) -> tuple[int, float]:
+        values, ids = following(np.array([*tokens, *[0] * (window - len(tokens))], np.int32), len(tokens))
+        return int(ids[0]), float(values[0] - values[1])
+
+    def answer(prompt, count: int) -> list[int]:
+        tokens = tuple(prompt)
+        for _ in range(count):
+            token, margin = step(tokens)
+            if margin < 1e-4:
+                break
+            tokens = (*tokens, token)
+        return list(tokens[len(prompt) :])
+
+    answer([0], 1)
+    return answer
+
+
+@pytest.fixture(scope="module")
+def engine(plain) -> Engine:
     made = Engine(Decoder(MODEL, rngs=nnx.Rngs(0)), None, SETTINGS)
     made.warm_up(progress=False)
     return made
@@ -136,6 +179,72 @@ def test_a_backend_that_breaks_the_promise_is_told_of(engine, monkeypatch):
     monkeypatch.setattr(engine, "_proved", False)
     with pytest.raises(UserError, match="batch_invariant: found other bits for"):
         engine.warm_up(progress=False)
+
+
+TEXTS = [[*stem, *tail] for stem in ([3, 1, 4, 1, 5, 9] * 4, [2, 7] * 10, []) for tail in ([8], [6, 6], [3, 1, 4])]
+
+
+@given(
+    arrivals=st.lists(
+        st.tuples(st.integers(0, 12), st.sampled_from(TEXTS), st.integers(1, 24), st.integers(-1, 1)),
+        min_size=1,
+        max_size=10,
+    ),
+    aborts=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), max_size=4),
+    pages=st.integers(16, 60),
+    tokens=st.integers(8, 64),
+    caching=st.booleans(),
+    overlap=st.booleans(),
+    speculation=st.sampled_from([0, 0, 4]),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_schedule_gives_the_answers_of_a_plain_loop(
+    engine, plain, arrivals, aborts, pages, tokens, caching, overlap, speculation
+):
+    """Few pages force preemption, and no schedule may stop half-way."""
+    compiled = CompileCounter()
+    scheduler = Scheduler(
+        FirstComeFirstServed(),
+        num_pages=pages,
+        page_size=SETTINGS.page_size,
+        max_sequences=SETTINGS.max_sequences,
+        max_batch_tokens=tokens,
+        prefix_caching=caching,
+        speculation=speculation,
+        speculation_rows=8,
+    )
+    engine._pipeline.discard(scheduler)
+    engine._pipeline._overlap = overlap
+    got: list[list[int]] = [[] for _ in arrivals]
+    ends: dict[int, str] = {}
+
+    def listener(which):
+        def listen(delta):
+            got[which].extend(delta.token_ids)
+            if delta.finish_reason is not None:
+                ends[which] = delta.finish_reason
+
+        return listen
+
+    for step in range(4000):
+        for which, (at, prompt, count, priority) in enumerate(arrivals):
+            if at == step:
+                params = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
+                engine.submit(prompt, params, listener(which), f"r{which}", priority=priority)
+        for at, which in aborts:
+            if at == step:
+                engine.abort(f"r{which}")
+        worked = engine.step()
+        scheduler.check_accounting()
+        if not worked and step > 40:
+            break
+    assert len(ends) == len(arrivals) and engine.scheduler.pool.private == 0 and not engine._answers.live
+    for which, (_, prompt, count, _) in enumerate(arrivals):
+        expected = plain(prompt, count)
+        if ends[which] == "length":
+            assert len(got[which]) == count
+        assert got[which][: len(expected)] == expected[: len(got[which])]
+    assert ends and compiled.count == 0
 
 
 def oracle(tokens: list[int], count: int) -> list[int]:
