@@ -14,6 +14,9 @@ from jaxstack.runtime.errors import UserError
 _SMALLEST_MIXED_STEP = 64
 # The sampler exists for so many rows and for `max_sequences`; steps between are padded to the next.
 _FEW_SAMPLES = 8
+# XLA on CPU adds up a row in another order where there are fewer (norms, log-sum-exp; float32, jax 0.10: fewer than 16
+# rows of 256 numbers), whatever the products do.
+_INVARIANT_ROWS = 16
 _CPU_CACHE_SHARE, _CPU_CACHE_BYTES = 0.25, 4 * 2**30
 
 
@@ -35,8 +38,8 @@ class EngineConfig:
       mesh: devices that share the model and its cache, on an axis "tensor"; None for one.
       max_waiting: requests waiting beyond which a new one is refused.
       batch_invariant: an answer's bits do not depend on who else is served, on what is cached, on how a prompt is cut
-        into chunks, on preemption or guesses. No step has a single row, and the start-up fails with a line if this
-        backend gives the same token other bits in another step. On CPU the compiled kernels do this anyway.
+        into chunks, on preemption or guesses. No step has fewer than 16 rows, and the start-up fails with a line if
+        this backend gives the same token other bits in another step. On CPU it needs the compiled kernels.
       speculation: tokens guessed ahead of a sequence from its own past (3 or 4 are usual; 0: none). Answers stay the
         same; where they repeat themselves or their prompts, they take fewer steps.
       speculation_rows: guess only while a step, guesses included, has at most so many rows; by default 4 on CPU, where
@@ -124,8 +127,8 @@ def sizes(config: EngineConfig, model: DecoderConfig, dtype_bytes: int) -> Sizes
     window = min(window, pages * config.page_size)
     table = -(-window // config.page_size)
     many = rows_of(config)
-    few = min(_FEW_SAMPLES, many)
-    smallest = 2 if config.batch_invariant else 1
+    few = many if config.batch_invariant else min(_FEW_SAMPLES, many)
+    smallest = _INVARIANT_ROWS if config.batch_invariant else 1
     decode = (
         BatchShape(rows, rows, table, few if rows <= few else many) for rows in _decode_rows(many) if rows >= smallest
     )
@@ -134,10 +137,10 @@ def sizes(config: EngineConfig, model: DecoderConfig, dtype_bytes: int) -> Sizes
 
 
 def rows_of(config: EngineConfig) -> int:
-    """Sampled rows of a full step: one a sequence, and no fewer than a lone sequence with its guesses, or one that must
-    not compute alone, can use.
+    """Sampled rows of a full step: one a sequence, and no fewer than a lone sequence with its guesses can use, or than
+    batch invariance needs.
     """
-    return max(config.max_sequences, 4) if config.speculation or config.batch_invariant else config.max_sequences
+    return max(config.max_sequences, _INVARIANT_ROWS if config.batch_invariant else 4 if config.speculation else 1)
 
 
 def _decode_rows(limit: int) -> list[int]:

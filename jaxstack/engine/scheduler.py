@@ -197,16 +197,15 @@ class Scheduler:
             sequence = row.sequence
             sequence.in_flight -= 1
             sequence.pending -= row.samples
-            if row.draft is not None:
-                continue
-            if plan.drafted:
-                sequence.computed = row.start + row.count  # not further, until drafts prove right
-            if sequence.finish_reason is None:
+            if sequence.finish_reason is not None:
+                if not sequence.in_flight and sequence in self.closing:
+                    self.closing.remove(sequence)
+                    self._release(sequence, keep=sequence.finish_reason != "error")
+            elif row.draft is None:  # what drafts add is known when they have been compared: see `accept`
+                if plan.drafted:
+                    sequence.computed = row.start + row.count
                 fresh = max(0, min(row.start + row.count, len(sequence.request.prompt)) - row.start)
                 self.policy.on_tokens(sequence, fresh, int(row.samples))
-            elif not sequence.in_flight and sequence in self.closing:
-                self.closing.remove(sequence)
-                self._release(sequence, keep=sequence.finish_reason != "error")
         while self._retired and self._retired[0][0] <= self._steps_settled:
             self.pool.release(self._retired.popleft()[1])
 
