@@ -24,6 +24,7 @@ from jaxstack.models.linear import AdapterStack, Linear
 from jaxstack.models.rope import rotate, rotation
 from jaxstack.runtime.errors import UserError
 from kernels.matmul import PackedWeight
+from kernels.rms_norm import rms_norm
 
 __all__ = ["ACTIVATIONS", "Decoder", "DecoderConfig", "DecoderLayer", "Remat"]
 
@@ -260,32 +261,32 @@ class RMSNorm(nnx.Module):
     """`weight * cast(x / sqrt(mean(x^2) + eps))`: statistics in float32, cast, then multiplied: Llama's order.
 
     With `offset`, Gemma's: `cast((1 + weight) * x / sqrt(mean(x^2) + eps))`, multiplied in float32.
+
+    Attributes:
+      implementation: of `kernels.rms_norm`; "xla", which has gradients, unless a serving decoder asks for the fastest.
     """
 
     def __init__(self, features: int, eps: float, param_dtype: jnp.dtype, *, offset: bool = False):
         self.eps, self.offset = eps, offset
+        self.implementation: Literal["xla"] | None = "xla"
         self.weight = nnx.Param((jnp.zeros if offset else jnp.ones)((features,), param_dtype))
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        if self.offset:
-            return (wide * (1 + self.weight.get_value().astype(jnp.float32))).astype(x.dtype)
-        return self.weight.get_value().astype(x.dtype) * wide.astype(x.dtype)
+        weight = self.weight.get_value()
+        return rms_norm(x, weight, eps=self.eps, offset=self.offset, implementation=self.implementation)
 
 
 class LayerNorm(nnx.Module):
-    """`weight * (x - mean(x)) / sqrt(var(x) + eps)` in float32, then cast; no bias."""
+    """`weight * (x - mean(x)) / sqrt(var(x) + eps)` in float32, then cast; no bias. `implementation` as RMSNorm's."""
 
     def __init__(self, features: int, eps: float, param_dtype: jnp.dtype):
         self.eps = eps
+        self.implementation: Literal["xla"] | None = "xla"
         self.weight = nnx.Param(jnp.ones((features,), param_dtype))
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        wide = x.astype(jnp.float32)
-        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (self.weight.get_value().astype(jnp.float32) * wide).astype(x.dtype)
+        weight = self.weight.get_value()
+        return rms_norm(x, weight, eps=self.eps, center=True, implementation=self.implementation)
 
 
 class Attention(nnx.Module):

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
-from jaxstack.models.decoder import Decoder
+from jaxstack.models.decoder import Decoder, LayerNorm, RMSNorm
 from jaxstack.models.linear import Linear, LoraParam
 from jaxstack.runtime.errors import UserError
 from kernels import matmul
@@ -26,7 +26,8 @@ def fuse_for_serving(decoder: Decoder, *, pack: bool, dtype: DTypeLike = jnp.flo
     Args:
       decoder: as loaded or trained.
       pack: also store every matrix of the layers and the output matrix as a `kernels.matmul.PackedWeight`; a tied
-        output matrix then exists a second time, packed.
+        output matrix then exists a second time, packed. Norms take their compiled form, so that all that a token's
+        numbers go through has the same bits in every batch.
       dtype: of packed matrices, float32 or bfloat16.
       consume: rearrange `decoder` itself, freeing each stack of weights once it has been replaced (peak memory: the
         model and one such stack) instead of leaving it usable.
@@ -53,6 +54,9 @@ def fuse_for_serving(decoder: Decoder, *, pack: bool, dtype: DTypeLike = jnp.flo
         _pack_kernel(mlp.gate_up_proj, dtype)
         _pack_kernel(mlp.down_proj, dtype)
         _pack_head(decoder, dtype)
+        for _, module in nnx.iter_modules(decoder):
+            if isinstance(module, RMSNorm | LayerNorm):
+                module.implementation = None
     return decoder
 
 

@@ -181,7 +181,7 @@ def test_serving_layout_gives_the_same_logits(pack, tied):
     decoder = decoder_with_noise(dataclasses.replace(CONFIG, tie_word_embeddings=tied))
     expected = logits_of(decoder)
     fused = fuse_for_serving(decoder, pack=pack)
-    np.testing.assert_allclose(logits_of(fused), expected, atol=1e-5)
+    np.testing.assert_allclose(logits_of(fused), expected, atol=2e-5)
     np.testing.assert_array_equal(logits_of(decoder), expected)  # the original is still whole
 
     attention = fused.layers.self_attn
@@ -190,7 +190,7 @@ def test_serving_layout_gives_the_same_logits(pack, tied):
     assert (fused.lm_head is None) == (tied and not pack)
 
     fuse_for_serving(decoder, pack=pack, consume=True)
-    np.testing.assert_allclose(logits_of(decoder), expected, atol=1e-5)
+    np.testing.assert_allclose(logits_of(decoder), expected, atol=2e-5)
     with pytest.raises(UserError, match="already"):
         fuse_for_serving(decoder, pack=pack)
 
