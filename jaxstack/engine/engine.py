@@ -107,6 +107,7 @@ class Engine:
         self._adapters = AdapterRegistry(config.max_adapters)
         chosen = sizes(config, model, dtype.itemsize)
         self.max_model_len = chosen.max_model_len
+        decoder.config = model.for_context(chosen.max_model_len)
         self.vocab_size = min(model.vocab_size, tokenizer.vocab_size) if tokenizer else model.vocab_size
         self.policy = policy or FirstComeFirstServed()
         self.runner = Runner(

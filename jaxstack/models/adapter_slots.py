@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxstack.models.decoder import Decoder, DecoderConfig
-from jaxstack.models.hf_names import hf_module
+from jaxstack.models.hf_names import hf_module, layers_having
 from jaxstack.models.linear import AdapterStack, Linear, LoraSlots
 from jaxstack.models.lora import Factors
 from jaxstack.models.peft_format import PeftAdapter
@@ -60,7 +60,8 @@ def slot_sites(decoder: Decoder) -> list[SlotSite]:
 
 def _linears(decoder: Decoder) -> Iterator[tuple[tuple[str, ...], Linear]]:
     for parent in ("self_attn", "mlp"):
-        for name, child in vars(getattr(decoder.layers, parent)).items():
+        block = getattr(decoder.layers, parent)
+        for name, child in vars(block).items() if block is not None else ():
             if isinstance(child, Linear):
                 yield ("layers", parent, name), child
 
@@ -73,7 +74,7 @@ def _site(config: DecoderConfig, path: tuple[str, ...], linear: Linear) -> SlotS
     else:
         widths = [out_features // len(names)] * len(names)
     copies = out_features // (config.num_kv_heads * config.head_dim) if path[-1] in ("k_proj", "v_proj") else 1
-    layers = tuple(range(config.num_layers))
+    layers = layers_having(config, path)
     return SlotSite(path, layers, in_features, tuple(zip(names, widths)), copies, config.num_kv_heads)
 
 

@@ -25,7 +25,7 @@ from jaxstack.models.decoder import Decoder, DecoderConfig
 from jaxstack.models.hf_config import config_from_folder, config_to_hf, generation_config_to_hf, stored_dtype
 from jaxstack.models.hf_families import TEXT_MODELS
 from jaxstack.models.hf_fields import read_json
-from jaxstack.models.hf_names import HfTensor, flat_params, hf_tensors, text_model_name
+from jaxstack.models.hf_names import HfTensor, Piece, flat_params, hf_tensors, text_model_name
 from jaxstack.models.linear import LoraParam
 from jaxstack.models.safetensors_file import DTYPES, StoredTensor, TensorToWrite, read_header, write_file
 from jaxstack.runtime.errors import UserError
@@ -77,23 +77,24 @@ def load_decoder(folder: str | Path, *, param_dtype: jnp.dtype | None = jnp.floa
         stored = {name: tensor for name, tensor in renamed.items() if name is not None}
     stored = _matched(folder, config, wanted, stored)
 
-    by_path: dict[tuple[str, ...], list[HfTensor]] = defaultdict(list)
+    by_path: dict[tuple[str, ...], list[tuple[str, Piece]]] = defaultdict(list)
     for tensor in wanted:
-        by_path[tensor.path].append(tensor)
-    sizes = [sum(math.prod(t.shape) for t in tensors) * dtype.itemsize for tensors in by_path.values()]
+        for piece in tensor.pieces:
+            by_path[piece.path].append((tensor.name, piece))
+    decoder = Decoder.abstract(config, param_dtype=dtype)
+    shapes = {path: value.shape for path, value in flat_params(decoder).items()}
+    sizes = [math.prod(shape) * dtype.itemsize for shape in shapes.values()]
     _require_memory(folder, device_bytes=sum(sizes), host_bytes=max(sizes))
 
-    decoder = Decoder.abstract(config, param_dtype=dtype)
-    shapes = flat_params(decoder)
     arrays: dict[tuple[str, ...], jax.Array] = {}
     with tqdm(
         total=sum(sizes), unit="B", unit_scale=True, desc=f"loading {folder.name}", delay=2, disable=not progress
     ) as bar:
-        for path, tensors in by_path.items():
-            stack = np.empty(shapes[path].shape, dtype)
-            for tensor in tensors:
-                target = stack if tensor.layer is None else stack[tensor.layer]
-                _fill(target, _finite(stored[tensor.name], dtype), transposed=tensor.transposed)
+        for path, pieces in by_path.items():
+            stack = np.empty(shapes[path], dtype)
+            for name, piece in pieces:
+                target = stack[piece.index]
+                _fill(target, _finite(stored[name], piece.rows, dtype), transposed=piece.transposed)
                 bar.update(target.nbytes)
             # A copy, not an alias of numpy's memory: training donates its parameters.
             arrays[path] = jnp.array(stack)
@@ -169,8 +170,8 @@ def _matched(
     return stored
 
 
-def _finite(tensor: StoredTensor, dtype: np.dtype) -> np.ndarray:
-    data = tensor.read()
+def _finite(tensor: StoredTensor, rows: tuple[int, int], dtype: np.dtype) -> np.ndarray:
+    data = tensor.read(rows)
     with np.errstate(over="ignore"):
         data = data.astype(dtype, copy=False)
     if not np.isfinite(data).all():
@@ -265,24 +266,20 @@ def _tensors_to_write(decoder: Decoder, dtype: jnp.dtype | None) -> list[TensorT
         raise UserError("the decoder carries LoRA adapters; merge them first, or save them as an adapter folder")
     wanted = hf_tensors(decoder.config)
     params = flat_params(decoder)
-    if {t.path for t in wanted} != params.keys():
+    if {piece.path for tensor in wanted for piece in tensor.pieces} != params.keys():
         raise UserError("the decoder is rearranged for serving; save the one it was made from")
     names = {np_dtype: name for name, np_dtype in DTYPES.items()}
     # One zero-copy view (on CPU) of each stack; layers are cut and transposed when their turn comes.
     host = {path: np.asarray(value) for path, value in params.items()}
 
     def loader(tensor: HfTensor) -> Callable[[], np.ndarray]:
-        def load() -> np.ndarray:
-            data = host[tensor.path] if tensor.layer is None else host[tensor.path][tensor.layer]
-            return data.T if tensor.transposed else data
-
-        return load
+        return lambda: tensor.assemble(host)
 
     stored = {path: names.get(np.dtype(dtype) if dtype is not None else value.dtype) for path, value in host.items()}
     if unknown := [path for path, name in stored.items() if name is None]:
         found = dtype if dtype is not None else host[unknown[0]].dtype
         raise UserError(f"dtype: found {found}, expected one of {', '.join(d.name for d in names)}")
-    return [TensorToWrite(t.name, t.shape, str(stored[t.path]), loader(t)) for t in wanted]
+    return [TensorToWrite(t.name, t.shape, str(stored[t.pieces[0].path]), loader(t)) for t in wanted]
 
 
 def _write_weights(folder: Path, tensors: list[TensorToWrite], max_shard_bytes: float) -> None:

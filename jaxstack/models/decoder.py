@@ -18,22 +18,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxstack.models.activations import ACTIVATIONS
 from jaxstack.models.attention import FULL_WINDOW, Attend, LayerContext
 from jaxstack.models.decoder_config import DecoderConfig, Segment
 from jaxstack.models.linear import AdapterStack, Linear
+from jaxstack.models.moe import ExpertStack, Moe
 from jaxstack.models.rope import rotate, rotation
 from jaxstack.runtime.errors import UserError
 from kernels.matmul import PackedWeight
 from kernels.rms_norm import rms_norm
 
-__all__ = ["ACTIVATIONS", "Decoder", "DecoderConfig", "DecoderLayer", "Remat"]
+__all__ = ["Decoder", "DecoderConfig", "DecoderLayer", "Remat"]
 
 Remat = Literal["none", "dots", "full"]
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "silu": nnx.silu,
-    "gelu_tanh": partial(nnx.gelu, approximate=True),
-}
 
 
 class Decoder(nnx.Module):
@@ -42,7 +39,8 @@ class Decoder(nnx.Module):
     Attributes:
       config: its `DecoderConfig`.
       embed: `Embedding`, `embed.embedding` is a Param `[V, D]`.
-      layers: one `DecoderLayer` whose every Param has a leading `[num_layers]` axis.
+      layers: one `DecoderLayer` whose every Param has a leading axis of layers: all `num_layers` of them, in its `mlp`
+        those of `config.dense_layers`, in its `moe` those of `config.sparse_layers`.
       final_norm: `RMSNorm` or `LayerNorm`.
       lm_head: `Linear` D -> V, or None where the embedding serves as output matrix.
     """
@@ -51,12 +49,14 @@ class Decoder(nnx.Module):
         self.config = config
         self.embed = Embedding(config, rngs=rngs, param_dtype=param_dtype)
 
-        @nnx.split_rngs(splits=config.num_layers)
-        @nnx.vmap
-        def stacked_layers(rngs: nnx.Rngs) -> DecoderLayer:
-            return DecoderLayer(config, rngs=rngs, param_dtype=param_dtype)
+        def stack(module: Callable[..., Any], layers: int) -> Any:
+            make = nnx.vmap(lambda rngs: module(config, rngs=rngs, param_dtype=param_dtype))
+            return nnx.split_rngs(splits=layers)(make)(rngs)
 
-        self.layers = stacked_layers(rngs)
+        self.layers: DecoderLayer = stack(DecoderLayer, config.num_layers)
+        if config.moe is not None:
+            self.layers.moe = nnx.data(stack(Moe, len(config.sparse_layers)) if config.sparse_layers else None)
+            self.layers.mlp = nnx.data(stack(MLP, len(config.dense_layers)) if config.dense_layers else None)
         self.final_norm = _norm(config, config.hidden_size, param_dtype)
         make = partial(_linear, config, rngs, param_dtype)
         self.lm_head: Linear | None = nnx.data(
@@ -168,20 +168,31 @@ def _per_layer(layers: "DecoderLayer", segment: Segment, config: DecoderConfig):
     """Splits a segment of stacked layers for a scan: the arrays to scan over, and a function that rebuilds one layer
     inside the body.
 
-    Packed kernels and a server's adapters are not scanned, since that would copy every layer's numbers out of the
-    stack; the body points into the stack.
+    Packed kernels, a server's experts and its adapters are not scanned, since that would copy every layer's numbers out
+    of the stack; the body points into the stack.
     """
-    del config
+    if layers.mlp is not None and layers.moe is not None:  # take the other kind's part away, from a copy
+        layers = nnx.merge(*nnx.split(layers))
+        setattr(layers, "mlp" if segment.sparse else "moe", nnx.data(None))
     graphdef, state = nnx.split(layers)
     leaves = dict(nnx.to_flat_state(state))
+    held = {path: leaf.get_value() for path, leaf in leaves.items()}
     in_place = {
-        path: leaf for path, leaf in leaves.items() if isinstance(leaf.get_value(), PackedWeight | AdapterStack)
+        p: leaves[p] for p, value in held.items() if isinstance(value, PackedWeight | AdapterStack | ExpertStack)
     }
-    scanned = {path: leaf.get_value() for path, leaf in leaves.items() if path not in in_place}
+
+    def place(path: tuple, layer: Any) -> Any:
+        """Where a layer stands on a parameter's leading axis."""
+        return layer - segment.start + segment.first if path[0] in ("mlp", "moe") else layer
+
+    whole = (segment.start, segment.stop) == (0, config.num_layers)
+    scanned = {p: value for p, value in held.items() if p not in in_place}
+    if not whole:
+        scanned = {p: v[place(p, segment.start) : place(p, segment.stop)] for p, v in scanned.items()}
 
     def layer_of(weights: dict, index: Int[Array, ""]) -> DecoderLayer:
         flat = {path: leaves[path].replace(value) for path, value in weights.items()}
-        flat |= {path: leaf.replace(leaf.get_value().at_layer(index)) for path, leaf in in_place.items()}
+        flat |= {path: leaf.replace(leaf.get_value().at_layer(place(path, index))) for path, leaf in in_place.items()}
         return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
     return scanned, layer_of
@@ -220,7 +231,8 @@ class DecoderLayer(nnx.Module):
     """`x + self_attn(input_layernorm(x))`, then `x + mlp(post_attention_layernorm(x))`.
 
     With `branch_norms` the MLP's norm is `pre_feedforward_layernorm`, and `post_attention_layernorm` and
-    `post_feedforward_layernorm` are applied to what attention and MLP add. The names are the checkpoints'.
+    `post_feedforward_layernorm` are applied to what attention and MLP add. The names are the checkpoints'. A layer has
+    either an `mlp` or a `moe`.
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype):
@@ -230,7 +242,10 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = norm()
         self.pre_feedforward_layernorm = nnx.data(norm() if config.branch_norms else None)
         self.post_feedforward_layernorm = nnx.data(norm() if config.branch_norms else None)
-        self.mlp = MLP(config, rngs=rngs, param_dtype=param_dtype)
+        # Layers with experts are fewer, or all: the decoder stacks them by themselves.
+        dense = config.moe is None
+        self.mlp: MLP | None = nnx.data(MLP(config, rngs=rngs, param_dtype=param_dtype) if dense else None)
+        self.moe: Moe | None = nnx.data(None)
 
     def __call__(
         self,
@@ -245,10 +260,16 @@ class DecoderLayer(nnx.Module):
         out, cache = self.self_attn(self.input_layernorm(x), cos, sin, attend, layer, cache, adapter_ids)
         if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
             x = x + out
-            return x + self.mlp(self.post_attention_layernorm(x), adapter_ids), cache
+            return x + self._feed_forward(self.post_attention_layernorm(x), adapter_ids), cache
         x = x + self.post_attention_layernorm(out)
-        out = self.mlp(self.pre_feedforward_layernorm(x), adapter_ids)
+        out = self._feed_forward(self.pre_feedforward_layernorm(x), adapter_ids)
         return x + self.post_feedforward_layernorm(out), cache
+
+    def _feed_forward(self, x: Float[Array, "... D"], adapter_ids: Int[Array, "..."] | None) -> Float[Array, "... D"]:
+        if self.moe is not None:
+            return self.moe(x)
+        assert self.mlp is not None
+        return self.mlp(x, adapter_ids)
 
 
 def _norm(config: DecoderConfig, features: int, param_dtype: jnp.dtype) -> "RMSNorm | LayerNorm":

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from jaxstack.models.rope import RopeConfig
 from jaxstack.runtime.errors import UserError
@@ -150,9 +150,9 @@ class DecoderConfig:
         for window in self.layer_windows:
             if window is not None:
                 _require_positive_integer("layer_windows", window)
-        for name, choices in {"activation": Activation, "norm": Norm}.items():
-            if getattr(self, name) not in choices.__args__:
-                raise UserError(f"{name}: found {getattr(self, name)!r}, expected one of {', '.join(choices.__args__)}")
+        for name, choices in {"activation": get_args(Activation), "norm": get_args(Norm)}.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name}: found {getattr(self, name)!r}, expected one of {', '.join(choices)}")
         self.rope.rotated(self.head_dim)
         if self.local_rope is not None and self.local_rope.rotated(self.head_dim) != self.rope.rotated(self.head_dim):
             raise UserError("local_rope.partial_rotary_factor: expected that of rope")

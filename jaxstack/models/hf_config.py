@@ -13,6 +13,7 @@ from typing import Any
 from jaxstack.models.decoder_config import DecoderConfig
 from jaxstack.models.hf_families import ARCHITECTURES, FAMILIES, HIDDEN_ACTS, TEXT_MODELS, Family
 from jaxstack.models.hf_fields import Fields, read_json
+from jaxstack.models.hf_moe import dbrx_to_hf, moe_from_hf, moe_to_hf
 from jaxstack.models.hf_rope import rope_from_hf, rope_to_hf
 from jaxstack.runtime.errors import UserError
 
@@ -105,6 +106,7 @@ def config_from_hf(data: Mapping[str, Any], *, source: str = "config.json") -> D
             qkv_clip=fields.number("clip_qkv", optional=True) if family.clip else None,
             qk_norm=family.qk_norm,
             layer_windows=_windows_from_hf(fields, family, layers),
+            moe=moe_from_hf(fields, family, layers),
             bos_token_id=fields.token_id("bos_token_id", None),
             eos_token_ids=fields.token_ids("eos_token_id", None),
             pad_token_id=fields.token_id("pad_token_id", None),
@@ -232,7 +234,8 @@ def config_to_hf(config: DecoderConfig, *, dtype: str = "float32") -> dict[str, 
             "attn_logit_softcapping": config.attention_softcap,
             "final_logit_softcapping": config.logits_softcap,
         }
-    return data | _windows_to_hf(config, family)
+    data |= moe_to_hf(config, family) | _windows_to_hf(config, family)
+    return dbrx_to_hf(config, data) if family.moe == "dbrx" else data
 
 
 def _whole(number: float) -> float:
@@ -247,6 +250,8 @@ def _windows_to_hf(config: DecoderConfig, family: Family) -> dict[str, Any]:
     types = ["sliding_attention" if s else "full_attention" for s in sliding]
     if family.windows == "all":
         data["sliding_window"] = window
+        if family.window_flag:
+            data["use_sliding_window"] = window is not None
     elif family.windows == "pattern":
         data["sliding_window"] = window or family.defaults["sliding_window"]
         data["layer_types"] = types

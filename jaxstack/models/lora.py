@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 
 from jaxstack.models.decoder import Decoder
-from jaxstack.models.hf_names import hf_module
+from jaxstack.models.hf_names import hf_module, layers_having
 from jaxstack.models.linear import Linear, LoraWeights
 from jaxstack.runtime.errors import UserError
 
@@ -126,7 +126,7 @@ def sites(model: Decoder) -> list[Site]:
     """Every linear layer of a decoder, in the order data meets them."""
     found = []
     for path, linear in _linears(model):
-        layers = range(model.config.num_layers) if path[0] == "layers" else (None,)
+        layers = layers_having(model.config, path) if path[0] == "layers" else (None,)
         found.append(Site(path, linear, tuple(hf_module(path, layer) for layer in layers)))
     return found
 
@@ -135,7 +135,7 @@ def _linears(model: Decoder) -> Iterator[tuple[tuple[str, ...], Linear]]:
     layers = model.layers
     for parent in ("self_attn", "mlp"):
         block = getattr(layers, parent)
-        for name, child in vars(block).items():
+        for name, child in vars(block).items() if block is not None else ():
             if isinstance(child, Linear):
                 yield ("layers", parent, name), child
     if model.lm_head is not None:

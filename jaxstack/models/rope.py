@@ -188,7 +188,7 @@ def rotation(
     frequencies: Any
     frequencies, scale = inverse_frequencies(rope, head_dim)
     if rope.short_factor != rope.long_factor:
-        beyond = jnp.max(positions, axis=-1, keepdims=True) >= rope.original_max_position_embeddings
+        beyond = jnp.max(positions, axis=-1, keepdims=True) >= (rope.original_max_position_embeddings or 0)
         frequencies = jnp.where(beyond[..., None], inverse_frequencies(rope, head_dim, long=True)[0], frequencies)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale

@@ -45,19 +45,23 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int
 
-    def read(self) -> np.ndarray:
-        """The tensor in its stored dtype.
+    def read(self, rows: tuple[int, int] | None = None) -> np.ndarray:
+        """The tensor in its stored dtype; only [start, stop) of its first axis if `rows` are given.
 
         Raises:
           UserError: a dtype that is not one of `DTYPES`, or the file has become shorter.
         """
         if self.dtype not in DTYPES:
             raise UserError(f"{self.file}: {self.name}: found dtype {self.dtype}, expected one of {', '.join(DTYPES)}")
-        count = math.prod(self.shape)
-        data = np.fromfile(self.file, DTYPES[self.dtype], count=count, offset=self.start)
+        shape, start = self.shape, self.start
+        if rows is not None:
+            start += rows[0] * math.prod(shape[1:]) * DTYPES[self.dtype].itemsize
+            shape = (rows[1] - rows[0], *shape[1:])
+        count = math.prod(shape)
+        data = np.fromfile(self.file, DTYPES[self.dtype], count=count, offset=start)
         if data.size != count:
             raise UserError(f"{self.file}: {self.name}: found {data.size} of {count} values; the file was cut off")
-        return data.reshape(self.shape)
+        return data.reshape(shape)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

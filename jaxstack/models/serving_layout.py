@@ -14,20 +14,22 @@ from jaxtyping import Array, Int
 
 from jaxstack.models.decoder import Decoder, LayerNorm, RMSNorm
 from jaxstack.models.linear import Linear, LoraParam
+from jaxstack.models.moe import ExpertStack, Moe
 from jaxstack.runtime.errors import UserError
 from kernels import matmul
 
 
 def fuse_for_serving(decoder: Decoder, *, pack: bool, dtype: DTypeLike = jnp.float32, consume: bool = False) -> Decoder:
-    """A decoder whose q, k, v projections are one `qkv_proj` and whose gate and up projections are one `gate_up_proj`.
+    """A decoder whose q, k, v projections are one `qkv_proj` and whose gate and up projections are one `gate_up_proj`;
+    those of experts, too, whose stacks a step then indexes where they lie.
 
     What is not rearranged (embedding, norms, and without `pack` the output projections) is shared with `decoder`.
 
     Args:
       decoder: as loaded or trained.
-      pack: also store every matrix of the layers and the output matrix as a `kernels.matmul.PackedWeight`; a tied
-        output matrix then exists a second time, packed. Norms take their compiled form, so that all that a token's
-        numbers go through has the same bits in every batch.
+      pack: also store every matrix of the layers, except experts, and the output matrix as a
+        `kernels.matmul.PackedWeight`; a tied output matrix then exists a second time, packed. Norms take their compiled
+        form, so that all that a token's numbers go through has the same bits in every batch.
       dtype: of packed matrices, float32 or bfloat16.
       consume: rearrange `decoder` itself, freeing each stack of weights once it has been replaced (peak memory: the
         model and one such stack) instead of leaving it usable.
@@ -42,17 +44,23 @@ def fuse_for_serving(decoder: Decoder, *, pack: bool, dtype: DTypeLike = jnp.flo
     if not consume:
         decoder = nnx.merge(*nnx.split(decoder))
 
-    attention, mlp = decoder.layers.self_attn, decoder.layers.mlp
+    attention, mlp, moe = decoder.layers.self_attn, decoder.layers.mlp, decoder.layers.moe
     attention.qkv_proj = _side_by_side((attention.q_proj, attention.k_proj, attention.v_proj))
     attention.q_proj = attention.k_proj = attention.v_proj = nnx.data(None)
     if pack:
         _pack_kernel(attention.qkv_proj, dtype)
         _pack_kernel(attention.o_proj, dtype)
-    mlp.gate_up_proj = _side_by_side((mlp.gate_proj, mlp.up_proj))
-    mlp.gate_proj = mlp.up_proj = nnx.data(None)
+    if mlp is not None:
+        mlp.gate_up_proj = _side_by_side((mlp.gate_proj, mlp.up_proj))
+        mlp.gate_proj = mlp.up_proj = nnx.data(None)
+        if pack:
+            _pack_kernel(mlp.gate_up_proj, dtype)
+            _pack_kernel(mlp.down_proj, dtype)
+    if moe is not None:
+        _stack_experts(moe)
+        if pack:
+            _pack_kernel(moe.router, dtype)
     if pack:
-        _pack_kernel(mlp.gate_up_proj, dtype)
-        _pack_kernel(mlp.down_proj, dtype)
         _pack_head(decoder, dtype)
         for _, module in nnx.iter_modules(decoder):
             if isinstance(module, RMSNorm | LayerNorm):
@@ -68,6 +76,18 @@ def count_rows(module: nnx.Module | None, rows: Int[Array, ""]) -> None:
     counted = lambda leaf: leaf.for_rows(rows) if is_packed(leaf) else leaf  # noqa: E731
     if module is not None:
         nnx.update(module, jax.tree.map(counted, nnx.state(module), is_leaf=is_packed))
+
+
+def _stack_experts(moe: Moe) -> None:
+    """One projection to gate and up for every expert, and stacks that a step indexes instead of cutting them up."""
+    if moe.gate_proj is None or moe.up_proj is None:
+        raise UserError("the decoder is rearranged for serving already")
+    fused = moe.gate_proj
+    both = [part.kernel.get_value() for part in (moe.gate_proj, moe.up_proj)]
+    fused.kernel = nnx.Param(cast(jax.Array, ExpertStack(jnp.concatenate(both, axis=-1))))
+    moe.gate_proj = moe.up_proj = nnx.data(None)
+    moe.gate_up_proj = fused
+    moe.down_proj.kernel = nnx.Param(cast(jax.Array, ExpertStack(moe.down_proj.kernel.get_value())))
 
 
 def _side_by_side(parts: Sequence[Linear | None]) -> Linear:

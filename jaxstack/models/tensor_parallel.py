@@ -74,7 +74,7 @@ def shard_for_serving(decoder: Decoder, mesh: Mesh) -> Decoder:
     attention, mlp = decoder.layers.self_attn, decoder.layers.mlp
     if jax.tree.leaves(nnx.state(decoder, LoraParam)):
         raise UserError("a decoder that carries LoRA adapters cannot be sharded for serving; merge them into it first")
-    if attention.k_proj is None or attention.v_proj is None:
+    if attention.k_proj is None or attention.v_proj is None or mlp is None:
         raise UserError("the decoder is rearranged for serving already")
 
     copies = cached_kv_heads(config, shares) // config.num_kv_heads

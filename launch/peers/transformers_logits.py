@@ -22,7 +22,7 @@ def make_checkpoint(folder: str, config_class: str, config: dict, dtype: str, se
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn_like(parameter) * 0.1
-            parameter.copy_(1 + noise if "norm" in name else noise)
+            parameter.copy_(1 + noise if "norm" in name and parameter.ndim == 1 else noise)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
 
 

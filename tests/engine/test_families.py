@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from jaxstack.engine import Engine, EngineConfig, SamplingParams
-from jaxstack.models import Decoder, DecoderConfig, RopeConfig, dense_attention
+from jaxstack.models import Decoder, DecoderConfig, MoeConfig, RopeConfig, dense_attention
 
 SIZES = {
     "vocab_size": 83,
@@ -35,7 +35,27 @@ GEMMA = DecoderConfig(
     layer_windows=(7, None, 7),
     **SIZES,
 )
-FAMILIES = {"gemma": GEMMA}
+MOE = DecoderConfig(  # plain MLPs among layers with experts
+    architecture="Qwen3MoeForCausalLM",
+    num_layers=4,
+    qk_norm=True,
+    moe=MoeConfig(num_experts=5, experts_per_token=2, intermediate_size=24, dense_layers=(1,)),
+    **SIZES,
+)
+PHI3 = DecoderConfig(  # a prompt of 10 tokens becomes longer than the pretraining context as it is answered
+    architecture="Phi3ForCausalLM",
+    num_layers=2,
+    rope=RopeConfig(
+        rope_type="longrope",
+        factor=4.0,
+        original_max_position_embeddings=16,
+        short_factor=(1.0,) * 6,
+        long_factor=(3.0,) * 6,
+        partial_rotary_factor=0.75,
+    ),
+    **SIZES,
+)
+FAMILIES = {"gemma": GEMMA, "moe": MOE, "phi3": PHI3}
 
 
 def random_decoder(config):

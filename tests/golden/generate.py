@@ -89,6 +89,68 @@ CHECKPOINTS = {
         },
         torch.bfloat16,
     ),
+    "phi3": (
+        transformers.Phi3Config,
+        {
+            "pad_token_id": 0,
+            "sliding_window": 20,
+            "original_max_position_embeddings": 28,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0, 1.1, 1.2, 1.3],
+                "long_factor": [1.5, 2.0, 3.0, 4.0],
+            },
+        },
+        torch.bfloat16,
+    ),
+    "phi3_partial": (
+        transformers.Phi3Config,
+        {
+            "pad_token_id": 0,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75},
+        },
+        torch.bfloat16,
+    ),
+    "mixtral": (
+        transformers.MixtralConfig,
+        {"num_local_experts": 4, "intermediate_size": 24, "sliding_window": 20},
+        torch.bfloat16,
+    ),
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig,
+        {
+            "num_hidden_layers": 5,
+            "hidden_size": 16,
+            "head_dim": 8,
+            "intermediate_size": 24,
+            "num_experts": 5,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 12,
+            "mlp_only_layers": [0, 3],
+            "norm_topk_prob": True,
+        },
+        torch.bfloat16,
+    ),
+    "dbrx": (
+        transformers.DbrxConfig,
+        {
+            "d_model": 32,
+            "n_heads": 4,
+            "n_layers": 2,
+            "max_seq_len": 128,
+            "attn_config": {"clip_qkv": 1.0, "kv_n_heads": 2, "rope_theta": 500000.0},
+            "ffn_config": {
+                "ffn_hidden_size": 20,
+                "moe_num_experts": 4,
+                "moe_top_k": 2,
+                "moe_normalize_expert_weights": 2.0,
+            },
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        },
+        torch.bfloat16,
+    ),
 }
 
 
@@ -97,13 +159,14 @@ def decoder_checkpoints(out: Path, only: list[str]) -> None:
         if only and name not in only:
             continue
         torch.manual_seed(seed)
-        config = config_class(**{**SIZES, **differences}, attn_implementation="eager")
+        sizes = {"vocab_size": SIZES["vocab_size"]} if name == "dbrx" else SIZES
+        config = config_class(**{**sizes, **differences}, attn_implementation="eager")
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
         with torch.no_grad():
             for key, parameter in model.named_parameters():
                 # Nothing is left at an initial value (ones, zeros) that would hide a wrong name or place.
                 noise = torch.randn_like(parameter) * 0.2
-                parameter.copy_(1 + noise if "norm" in key else noise)
+                parameter.copy_(1 + noise if "norm" in key and parameter.ndim == 1 else noise)
         folder = out / name
         shutil.rmtree(folder, ignore_errors=True)
         model.to(dtype).save_pretrained(folder)

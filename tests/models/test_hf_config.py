@@ -8,6 +8,7 @@ import pytest
 
 from jaxstack.models import RopeConfig
 from jaxstack.models.decoder import DecoderConfig
+from jaxstack.models.decoder_config import MoeConfig
 from jaxstack.models.hf_config import config_from_folder, config_from_hf, config_to_hf, stored_dtype
 from jaxstack.runtime.errors import UserError
 
@@ -83,6 +84,10 @@ def to_old_keys(data):
         data["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
         data["sliding_window_pattern"] = data.pop("_sliding_window_pattern")
         rope = dict(rope["full_attention"])
+    if "partial_rotary_factor" in rope:
+        data["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+    if data["model_type"] == "qwen3_moe":
+        data["num_experts"] = data.pop("num_local_experts")
     data["rope_theta"] = rope.pop("rope_theta")
     data["rope_scaling"] = None if rope["rope_type"] == "default" else {"type": rope.pop("rope_type"), **rope}
     data["torch_dtype"] = data.pop("dtype")
@@ -105,11 +110,17 @@ def test_both_generations_give_the_same_config_and_we_write_both(name):
     without_old = {k: v for k, v in written.items() if k not in old_keys}
     assert config_from_hf(without_new) == config_from_hf(without_old) == config
     # transformers' own file, key by key, where both write the key
-    assert {k: written[k] for k in new.keys() & written.keys()} == {
-        **{k: new[k] for k in new.keys() & written.keys()},
-        **({"max_window_layers": len(config.layer_windows)} if name in ("qwen2_yarn", "qwen3_tied") else {}),
-        **({"rope_parameters": written["rope_parameters"]} if name == "qwen2_yarn" else {}),
-    }
+    unused = {"max_window_layers"} if name in ("qwen2_yarn", "qwen3_tied") else set()
+    unused |= {"head_dim"} if new.get("head_dim") is None else set()
+    assert_agree(written, {key: value for key, value in new.items() if key not in unused})
+
+
+def assert_agree(ours, theirs):
+    for key in ours.keys() & theirs.keys():
+        if isinstance(theirs[key], dict):
+            assert_agree(ours[key], theirs[key])
+        else:
+            assert ours[key] == theirs[key], key
 
 
 @pytest.mark.parametrize(
@@ -221,6 +232,93 @@ def test_gemma2_alternates_and_caps():
     assert config_from_hf(capless).attention_softcap is None
 
 
+def test_longrope_of_a_published_phi3():
+    factors = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.5, 2.0, 3.0, 4.0]}
+    data = {
+        **SMALL,
+        "architectures": ["Phi3ForCausalLM"],
+        "head_dim": None,
+        "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096,
+        "rope_scaling": {"type": "su", **factors},
+        "sliding_window": 262144,
+    }
+    config = config_from_hf(data)
+    rope = config.rope
+    assert (rope.rope_type, rope.factor, rope.attention_factor) == ("longrope", 32.0, None)
+    assert (rope.original_max_position_embeddings, rope.long_factor) == (4096, (1.5, 2.0, 3.0, 4.0))
+    assert config.layer_windows == (262144,) * 4
+    written = config_to_hf(config)
+    assert written["rope_scaling"] == {"type": "longrope", **factors}  # three keys, as older readers insist
+    assert written["original_max_position_embeddings"] == 4096
+    assert config_from_hf(written) == config
+    odd = dataclasses.replace(config, rope=dataclasses.replace(rope, attention_factor=1.5, factor=7.0))
+    assert config_from_hf(config_to_hf(odd)) == odd
+
+
+@pytest.mark.parametrize(
+    ("keys", "dense"),
+    [
+        ({}, ()),
+        ({"decoder_sparse_step": 2}, (0, 2)),
+        ({"mlp_only_layers": [2]}, (2,)),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [3, 0]}, (0, 2, 3)),
+        ({"decoder_sparse_step": 9}, (0, 1, 2, 3)),
+    ],
+)
+def test_which_layers_have_experts(keys, dense):
+    sizes = {"num_experts": 6, "num_experts_per_tok": 3}
+    config = config_from_hf({**SMALL, "architectures": ["Qwen3MoeForCausalLM"], **sizes, **keys})
+    moe = config.moe
+    assert (moe.num_experts, moe.experts_per_token, moe.intermediate_size, moe.weight_norm) == (6, 3, 768, None)
+    assert moe.dense_layers == config.dense_layers == dense
+    assert config.sparse_layers == tuple(i for i in range(4) if i not in dense)
+    assert config_from_hf(config_to_hf(config)) == config
+
+
+def test_segments_are_runs_of_equal_layers():
+    config = config_from_hf({**SMALL, "architectures": ["Qwen3MoeForCausalLM"], "num_hidden_layers": 7})
+    moe = dataclasses.replace(config.moe, dense_layers=(0, 3, 4))
+    segments = list(dataclasses.replace(config, moe=moe).segments())
+    assert segments == [(0, 1, False, 0), (1, 3, True, 0), (3, 5, False, 1), (5, 7, True, 2)]
+    assert list(config.segments()) == [(0, 7, True, 0)]
+    assert list(config_from_hf(SMALL).segments()) == [(0, 4, False, 0)]
+
+
+# As published for DBRX, less what does not concern us.
+DBRX = {
+    "architectures": ["DbrxForCausalLM"],
+    "attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "model_type": "", "rope_theta": 500000},
+    "d_model": 6144,
+    "ffn_config": {"ffn_hidden_size": 10752, "model_type": "", "moe_num_experts": 16, "moe_top_k": 4},
+    "max_seq_len": 32768,
+    "model_type": "dbrx",
+    "n_heads": 48,
+    "n_layers": 40,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 100352,
+}
+
+
+def test_a_published_dbrx():
+    config = config_from_hf(DBRX)
+    assert (config.hidden_size, config.num_heads, config.num_kv_heads, config.num_layers) == (6144, 48, 8, 40)
+    assert (config.head_dim, config.qkv_clip, config.norm, config.rms_norm_eps) == (128, 8.0, "layer", 1e-5)
+    assert config.rope == RopeConfig(theta=500000.0)
+    assert config.moe == MoeConfig(num_experts=16, experts_per_token=4, intermediate_size=10752, weight_norm=1.0)
+    written = config_to_hf(config)
+    assert written["rope_parameters"]["rope_theta"] == written["attn_config"]["rope_theta"] == 500000.0
+    assert config_from_hf(written) == config
+    with pytest.raises(UserError, match=r"c\.json: attn_config\.kv_n_heads: found 'x', expected an integer"):
+        config_from_hf({**DBRX, "attn_config": {"kv_n_heads": "x"}}, source="c.json")
+    with pytest.raises(UserError, match=r"ffn_config\.ffn_act_fn\.name: found 'gelu', expected 'silu'"):
+        config_from_hf({**DBRX, "ffn_config": {"ffn_act_fn": {"name": "gelu"}}})
+    with pytest.raises(UserError, match="rms_norm_eps: found 1e-06, expected 1e-5"):
+        config_to_hf(dataclasses.replace(config, rms_norm_eps=1e-6))
+    with pytest.raises(UserError, match="tie_word_embeddings: expected"):
+        config_to_hf(dataclasses.replace(config, tie_word_embeddings=True))
+
+
 def test_generation_config_overrides_token_ids(tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps({**SMALL, "eos_token_id": 1, "bos_token_id": 2, "pad_token_id": 3})
@@ -306,6 +404,27 @@ BAD = [
         {"architectures": ["Gemma3ForCausalLM"], "rope_parameters": {"full_attention": {"rope_type": "odd"}}},
         "rope_parameters.full_attention.rope_type: found 'odd', expected one of",
     ),
+    (
+        {"architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": "su", "short_factor": [1.0]}},
+        "rope_scaling.long_factor: found nothing, expected a list of numbers",
+    ),
+    (
+        {
+            "architectures": ["Phi3ForCausalLM"],
+            "rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [2.0]},
+        },
+        "rope.short_factor: found 1 factors, expected one a rotated pair, 8",
+    ),
+    ({"architectures": ["MixtralForCausalLM"], "num_local_experts": 0}, "num_local_experts: found 0"),
+    (
+        {"architectures": ["MixtralForCausalLM"], "num_experts_per_tok": 9},
+        "moe.experts_per_token: found 9, expected at most num_experts = 8",
+    ),
+    (
+        {"architectures": ["Qwen3MoeForCausalLM"], "mlp_only_layers": ["0"]},
+        "mlp_only_layers: found ['0'], expected a list of layer numbers",
+    ),
+    ({"architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": 0}, "decoder_sparse_step: found 0"),
     ({"architectures": ["Gemma2ForCausalLM"], "sliding_window": None}, "sliding_window: found None, expected"),
     ({"architectures": ["Gemma2ForCausalLM"], "attn_logit_softcapping": -1}, "attention_softcap: found -1.0"),
     ({"architectures": ["Gemma2ForCausalLM"], "query_pre_attn_scalar": "x"}, "query_pre_attn_scalar: found 'x'"),
@@ -373,6 +492,10 @@ def test_bad_dtype_names():
         ({"norm": "rms_offset"}, "norm: found rms_offset, expected rms: Qwen3ForCausalLM has no other form"),
         ({"attention_softcap": 50.0}, "attention_softcap: found 50.0, expected None"),
         ({"local_rope": RopeConfig()}, "local_rope: found .*, expected None"),
+        (
+            {"moe": MoeConfig(num_experts=2, experts_per_token=1, intermediate_size=8)},
+            "moe: found .*, expected none, as Qwen3ForCausalLM has it",
+        ),
         ({"layer_windows": (1, 2, None, None)}, "layer_windows: found .* expected one window size"),
         (
             {"architecture": "MistralForCausalLM", "qk_norm": False, "layer_windows": (None, 2, 2, 2)},

@@ -1,0 +1,108 @@
+"""A mixture of experts: every token through the few experts that its router finds likeliest.
+
+Rows are sorted by expert, so that each expert multiplies its own rows in one piece and nothing is padded to a capacity
+or dropped (MegaBlocks, Gale et al. 2022):
+
+    router -> top-k -> sort rows by expert -> gate, up -> activation -> down -> back in order -> weighted sum
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxstack.models.activations import ACTIVATIONS
+from jaxstack.models.decoder_config import DecoderConfig, MoeConfig
+from jaxstack.models.linear import Linear
+from kernels.grouped_matmul import grouped_matmul
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ExpertStack:
+    """The matrices of all experts of all layers, for serving: a scan over layers indexes them where they lie.
+
+    Attributes:
+      weights: the stack.
+      layer: which layer is meant; None for a stack not indexed yet.
+    """
+
+    weights: Float[Array, "L E in out"]
+    layer: Int[Array, ""] | None = None
+
+    def at_layer(self, index: Int[Array, ""]) -> "ExpertStack":
+        """One layer of the stack; nothing is copied."""
+        return dataclasses.replace(self, layer=index)
+
+
+class Experts(nnx.Module):
+    """One projection of every expert: rows sorted by expert, each times its expert's matrix.
+
+    Attributes:
+      kernel: `nnx.Param [E, in, out]`; its value is an `ExpertStack` in a serving decoder.
+    """
+
+    def __init__(self, config: DecoderConfig, moe: MoeConfig, shape: tuple[int, int], rngs: nnx.Rngs, param_dtype):
+        init = nnx.initializers.normal(config.initializer_range)
+        self.kernel = nnx.Param(init(rngs.params(), (moe.num_experts, *shape), param_dtype))
+
+    def __call__(self, x: Float[Array, "rows in"], group_sizes: Int[Array, "E"]) -> Float[Array, "rows out"]:
+        kernel = self.kernel.get_value()
+        if isinstance(kernel, ExpertStack):
+            # The stack stays as it is: casting it would copy it.
+            out = grouped_matmul(x.astype(kernel.weights.dtype), kernel.weights, group_sizes, layer=kernel.layer)
+            return out.astype(x.dtype)
+        return grouped_matmul(x, kernel.astype(x.dtype), group_sizes)
+
+
+class Moe(nnx.Module):
+    """`sum_e weight_e down_e(activation(gate_e(x)) * up_e(x))` over the chosen experts.
+
+    Holds `gate_proj` and `up_proj`; or, in a serving decoder, one `gate_up_proj` with both side by side.
+    """
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype):
+        if config.moe is None:
+            raise ValueError("Moe: the config has no moe")
+        self.moe, self.activation = config.moe, config.activation
+        inner = (config.hidden_size, config.moe.intermediate_size)
+        init = nnx.initializers.normal(config.initializer_range)
+        self.router = Linear(
+            config.hidden_size, config.moe.num_experts, kernel_init=init, rngs=rngs, param_dtype=param_dtype
+        )
+        self.gate_proj: Experts | None = nnx.data(Experts(config, config.moe, inner, rngs, param_dtype))
+        self.up_proj: Experts | None = nnx.data(Experts(config, config.moe, inner, rngs, param_dtype))
+        self.gate_up_proj: Experts | None = nnx.data(None)
+        self.down_proj = Experts(config, config.moe, inner[::-1], rngs, param_dtype)
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        rows = x.reshape(-1, x.shape[-1])
+        weights, experts = route(self.router(rows), self.moe)
+        chosen = experts.reshape(-1)
+        order = jnp.argsort(chosen, stable=True)  # sorted place -> (row, rank) as row * k + rank
+        sizes = jnp.sum(chosen[:, None] == jnp.arange(self.moe.num_experts), axis=0, dtype=jnp.int32)
+        sorted_rows = rows[order // self.moe.experts_per_token]
+
+        if self.gate_up_proj is not None:
+            gate, up = jnp.split(self.gate_up_proj(sorted_rows, sizes), 2, axis=-1)
+        elif self.gate_proj is not None and self.up_proj is not None:
+            gate, up = self.gate_proj(sorted_rows, sizes), self.up_proj(sorted_rows, sizes)
+        out = self.down_proj(ACTIVATIONS[self.activation](gate) * up, sizes)
+
+        # Gathered back rather than added in place: a row's sum then has the same order whatever the other rows do.
+        back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
+        parts = out[back].reshape(*experts.shape, -1).astype(jnp.float32)
+        return jnp.sum(parts * weights[..., None], axis=1).astype(x.dtype).reshape(x.shape)
+
+
+def route(scores: Float[Array, "rows E"], moe: MoeConfig) -> tuple[Float[Array, "rows k"], Int[Array, "rows k"]]:
+    """The weights, float32, and numbers of each row's experts, likeliest first; ties go to the lower number."""
+    probabilities = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
+    weights, experts = jax.lax.top_k(probabilities, moe.experts_per_token)
+    if moe.weight_norm == 1:
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    elif moe.weight_norm is not None:
+        weights = weights / jnp.sum(weights**moe.weight_norm, axis=-1, keepdims=True) ** (1 / moe.weight_norm)
+    return weights, experts
