@@ -83,7 +83,61 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
         "bfloat16",
     ),
     "gemma3": ("Gemma3TextConfig", {**_GEMMA, "num_hidden_layers": 7, "rope_parameters": _TWO_ROPES}, "float32"),
+    "phi3": (
+        "Phi3Config",
+        {
+            "sliding_window": 100,
+            "pad_token_id": 0,
+            "original_max_position_embeddings": 128,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0 + 0.1 * i for i in range(8)],
+                "long_factor": [1.0 + 0.5 * i for i in range(8)],
+            },
+        },
+        "bfloat16",
+    ),
+    "phi3_partial": (
+        "Phi3Config",
+        {
+            "pad_token_id": 0,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75},
+        },
+        "float32",
+    ),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 6, "sliding_window": 24}, "bfloat16"),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {
+            "head_dim": 24,
+            "num_hidden_layers": 6,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [1],
+            "num_experts": 10,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 40,
+        },
+        "float32",
+    ),
+    "dbrx": (
+        "DbrxConfig",
+        {
+            "d_model": 96,
+            "n_heads": 6,
+            "n_layers": 3,
+            "max_seq_len": 4096,
+            "attn_config": {"clip_qkv": 1.0, "kv_n_heads": 2, "rope_theta": 500000.0},
+            "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 8, "moe_top_k": 4},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        },
+        "bfloat16",
+    ),
 }
+
+# The one class with names of its own for the sizes.
+_OWN_SIZES = {"DbrxConfig": {"vocab_size": _SIZES["vocab_size"]}}
 
 
 def run() -> dict[str, Any]:
@@ -105,7 +159,7 @@ def _compare(workdir: Path) -> dict[str, Any]:
         {
             "folder": str(theirs[name]),
             "config_class": config_class,
-            "config": {**_SIZES, **differences},
+            "config": {**_OWN_SIZES.get(config_class, _SIZES), **differences},
             "dtype": dtype,
             "seed": _SEED.value + number,
         }
