@@ -76,4 +76,4 @@ class _Probe:
         plan = StepPlan(rows, sum(row.count == 1 for row in rows))
         batch = pack(plan, (shape,), page_size=self._page_size, num_pages=self._num_pages)
         which = next(i for i, row in enumerate(rows) if not row.sequence.shared_pages)
-        return np.asarray(self._runner.launch(batch).logits[which])
+        return np.asarray(self._runner.launch(batch).logits)[which]
