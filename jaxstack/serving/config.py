@@ -33,6 +33,7 @@ class ServerConfig:
       tool_parser: how the model writes calls of tools; "auto" goes by its chat template, "none" refuses `tools`.
       reasoning_parser: how it marks its thinking; "auto" goes by its chat template and tokens, "none" leaves the
         thinking in the content.
+      pooling: what an embedding is made of: the "last" token's hidden state or the "mean" over all.
       tokenizer_threads: threads for JSON, chat templates and tokenization.
 
     Raises:
@@ -59,6 +60,7 @@ class ServerConfig:
     dead_grace_s: float = 5.0
     tool_parser: Literal["auto", "none", "hermes", "llama3", "mistral"] = "auto"
     reasoning_parser: Literal["auto", "none", "think"] = "auto"
+    pooling: Literal["last", "mean"] = "last"
     tokenizer_threads: int = 2
 
     def __post_init__(self) -> None:
@@ -69,7 +71,7 @@ class ServerConfig:
         for name in ("max_body_bytes", "max_streams", "max_connections", "max_choices", "tokenizer_threads"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
         _check(self.max_stop_strings >= 0, "max_stop_strings", self.max_stop_strings, "an integer >= 0")
-        for name in ("tool_parser", "reasoning_parser"):
+        for name in ("tool_parser", "reasoning_parser", "pooling"):
             known = get_args(get_type_hints(ServerConfig)[name])
             _check(getattr(self, name) in known, name, getattr(self, name), f"one of {', '.join(known)}")
         for name in (f.name for f in dataclasses.fields(self) if f.name.endswith("_s")):

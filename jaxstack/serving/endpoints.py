@@ -13,16 +13,21 @@ from typing import Any
 from jaxstack.engine import Engine
 from jaxstack.serving.answers import Answer, ChatAnswer, CompletionAnswer
 from jaxstack.serving.config import ServerConfig
+from jaxstack.serving.embeddings import embeddings
 from jaxstack.serving.generation import Generation
 from jaxstack.serving.prompts import Job, chat_job, completion_job
 
 _Prepare = Callable[[bytes, Engine, ServerConfig], Job]
 
+# Requests for embeddings that the engine works on together.
+_EMBEDDING_THREADS = 8
+
 _GENERATING: dict[str, tuple[_Prepare, type[Answer]]] = {
     "/v1/completions": (completion_job, CompletionAnswer),
     "/v1/chat/completions": (chat_job, ChatAnswer),
 }
-WHOLE_ANSWERS = tuple(_GENERATING)
+EMBEDDINGS = "/v1/embeddings"
+WHOLE_ANSWERS = (*_GENERATING, EMBEDDINGS)
 
 
 class Endpoints:
@@ -35,10 +40,12 @@ class Endpoints:
     def __init__(self, engine: Engine, config: ServerConfig):
         self.engine, self.config = engine, config
         self._pool = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="prompts")
+        self._waiting = ThreadPoolExecutor(_EMBEDDING_THREADS, thread_name_prefix="embeddings")
         self._running: set[Generation] = set()
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._waiting.shutdown(wait=False, cancel_futures=True)
 
     async def on_pool(self, prepare: Callable[[bytes, Engine, ServerConfig], Any], body: bytes) -> Any:
         """`prepare(body, engine, config)` on a pool thread."""
@@ -56,7 +63,15 @@ class Endpoints:
 
     async def answer(self, path: str, body: bytes) -> dict[str, Any]:
         """The whole response object; `path` is one of `WHOLE_ANSWERS`. Raises as `prepare` and `Generation.take`."""
+        if path == EMBEDDINGS:
+            return await self.embeddings(body)
         return await self.whole(await self.prepare(path, body))
+
+    async def embeddings(self, body: bytes) -> dict[str, Any]:
+        """The response object of `embeddings`. Raises as it does."""
+        # On threads of its own: it waits for the engine, and prompts must not wait for it.
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._waiting, embeddings, body, self.engine, self.config)
 
     async def whole(self, reply: Answer) -> dict[str, Any]:
         """The response object of a request that has been prepared."""

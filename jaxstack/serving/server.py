@@ -146,15 +146,24 @@ class Service:
 
     # ------------------------------------------------------------------------------------------------------ generating
 
+    async def embed(self, exchange: Exchange) -> None:
+        async with self._place(exchange) as body:
+            await exchange.answer(await exchange.while_client_waits(self.endpoints.embeddings(body)))
+
     async def _generate(self, exchange: Exchange, path: str) -> None:
+        async with self._place(exchange) as body:
+            await exchange.while_client_waits(self._answer(exchange, path, body))
+
+    @contextlib.asynccontextmanager
+    async def _place(self, exchange: Exchange) -> AsyncIterator[bytes]:
+        """One of `max_streams` places, and the body of the request that takes it."""
         self._check_ready()
         if self.active >= self.config.max_streams:
             message = f"{self.config.max_streams} requests are being answered, which is the limit; try again later"
             raise ApiError(429, message, code="rate_limit_exceeded", headers={"retry-after": "1"})
         self.active += 1
         try:
-            body = await exchange.body()
-            await exchange.while_client_waits(self._answer(exchange, path, body))
+            yield await exchange.body()
         finally:
             self.active -= 1
 
@@ -268,6 +277,7 @@ def build_app(engine: Engine, config: ServerConfig | None = None) -> Starlette:
         route("/v1/models/{name:path}", "GET", service.show_model),
         route("/v1/completions", "POST", service.completions),
         route("/v1/chat/completions", "POST", service.chat),
+        route("/v1/embeddings", "POST", service.embed),
         route("/v1/load_lora_adapter", "POST", service.load_adapter),
         route("/v1/unload_lora_adapter", "POST", service.unload_adapter),
         route("/tokenize", "POST", service.tokenize),
