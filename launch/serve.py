@@ -32,6 +32,9 @@ _BODY = flags.DEFINE_integer("max_body_bytes", _SERVER.max_body_bytes, "largest 
 _STREAMS = flags.DEFINE_integer("max_streams", _SERVER.max_streams, "requests answered at once; more get 429")
 _DRAIN = flags.DEFINE_float("drain_timeout_s", _SERVER.drain_timeout_s, "time for running answers on shutdown, seconds")
 _TIMEOUT = flags.DEFINE_float("request_timeout_s", None, "longest time for one answer, seconds")
+_POOLING: Any = flags.DEFINE_enum(
+    "pooling", _SERVER.pooling, ["last", "mean"], "what an embedding is made of: the last token or the mean over all"
+)
 flags.adopt_module_key_flags(engine_flags)
 
 
@@ -47,6 +50,7 @@ def run() -> dict[str, Any]:
         max_streams=_STREAMS.value,
         drain_timeout_s=_DRAIN.value,
         request_timeout_s=_TIMEOUT.value,
+        pooling=_POOLING.value,
         tool_parser=engine_flags.TOOLS.value,
         reasoning_parser=engine_flags.REASONING.value,
     )

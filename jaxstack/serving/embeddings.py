@@ -1,12 +1,13 @@
 """`POST /v1/embeddings`: texts in, vectors of length one out."""
 
 import base64
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pydantic
 
-from jaxstack.engine import Engine, SamplingParams
+from jaxstack.engine import Engine, PromptTooLong
+from jaxstack.runtime.errors import UserError
 from jaxstack.serving.config import ServerConfig
 from jaxstack.serving.errors import ApiError, bad_field
 from jaxstack.serving.prompts import adapter_of, need_tokenizer
@@ -41,9 +42,9 @@ def embeddings(body: bytes, engine: Engine, config: ServerConfig) -> dict[str, A
         raise bad_field("encoding_format", request.encoding_format, "float or base64")
     if request.dimensions is not None and not 1 <= request.dimensions <= width:
         raise bad_field("dimensions", request.dimensions, f"an integer from 1 to {width}")
-    pooling = config.pooling if request.pooling is None else request.pooling
-    if pooling not in ("last", "mean"):
-        raise bad_field("pooling", pooling, "last or mean")
+    if request.pooling not in (None, "last", "mean"):
+        raise bad_field("pooling", request.pooling, "last or mean")
+    pooling: Literal["last", "mean"] = request.pooling or config.pooling  # type: ignore[assignment]
     given = read_prompts(request.input, "input")
     if len(given) > config.max_choices:
         raise ApiError(400, f"input: found {len(given)} texts, expected at most {config.max_choices}", param="input")
@@ -53,9 +54,13 @@ def embeddings(body: bytes, engine: Engine, config: ServerConfig) -> dict[str, A
         else prompt
         for prompt in given
     ]
-    for prompt in prompts:
-        engine.check_prompt(prompt, SamplingParams(max_tokens=None))
-    vectors = engine.embed(prompts, pooling, adapter=adapter)
+    try:
+        vectors = engine.embed(prompts, pooling, adapter=adapter)
+    except UserError as error:
+        if not str(error).startswith("prompt:"):
+            raise
+        code = "context_length_exceeded" if isinstance(error, PromptTooLong) else None
+        raise ApiError(400, str(error).replace("prompt", "input", 1), code=code, param="input") from None
     data = [
         {"object": "embedding", "index": i, "embedding": _written(_unit(vector, request.dimensions), request)}
         for i, vector in enumerate(vectors)
