@@ -1,8 +1,8 @@
 """The other side of a benchmark: a peer's own program in the peers' environment (`make peers`), and the pipe to it.
 
-`process.py` starts such a program and talks to it in JSON lines. `transformers_serve.py` is one: it runs by its path,
-under another
-interpreter, and imports nothing of this project.
+`process.py` starts such a program and talks to it in JSON lines; `answering.py` is the program's end of them.
+`transformers_serve.py` and `llama_cpp_serve.py` are such programs: they run by their paths, under another interpreter,
+and import nothing else of this project.
 """
 
 from launch.peers.process import PeerProcess, find_interpreter

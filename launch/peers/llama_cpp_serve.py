@@ -1,26 +1,22 @@
 """llama.cpp on the CPU, answering JSON lines: its side of `launch.bench_serve`.
 
-Runs by its path in an environment of its own and imports nothing of this project. One request a line on stdin, one
-answer a line on what was stdout when the process started; whatever else prints goes to stderr. A request is `{"do":
-NAME, ...arguments}`, its answer the method's result or `{"error": one line}`.
+Runs by its path in an environment of its own and imports nothing of this project but its neighbour `answering.py`,
+which says how it is asked.
 
 The model is a Hugging Face folder of the Qwen2 family, written to GGUF beside it in the wanted dtype; token ids go in
 and out, so the file carries no tokenizer.
 """
 
-import ctypes
 import json
 import os
-import signal
-import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
 import gguf
 import llama_cpp
 import numpy as np
+from answering import answer_requests
 
 _TENSORS = {
     "input_layernorm": "attn_norm",
@@ -222,23 +218,5 @@ class Peer:
         return llama_cpp.llama_print_system_info().decode()
 
 
-def main() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the process that started this one
-    # Libraries print to stdout as they like; the answers get the pipe to themselves.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    peer = Peer()
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            answer = getattr(peer, request.pop("do"))(**request)
-        except Exception as error:
-            traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-
-
 if __name__ == "__main__":
-    main()
+    answer_requests(Peer())

@@ -1,22 +1,17 @@
 """Hugging Face transformers on the CPU, answering JSON lines: the peer's side of `launch.bench_serve`.
 
-Runs by its path in the peers' environment and imports nothing of this project. One request a line on stdin, one answer
-a line on what was stdout when the process started; whatever else prints goes to stderr. A request is `{"do": NAME,
-...arguments}`, its answer the method's result or `{"error": one line}`.
+Runs by its path in the peers' environment and imports nothing of this project but its neighbour `answering.py`, which
+says how it is asked.
 """
 
-import ctypes
-import json
 import os
-import signal
-import sys
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
+from answering import answer_requests
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 _GROUPED = "TRANSFORMERS_SDPA_FORCE_GQA"  # read by transformers at every call
@@ -172,30 +167,7 @@ class Peer:
         self.manager = self.settings = None
 
 
-def _die_with_parent() -> None:
-    """Asks Linux to end this process with the one that started it, also while it is stopped by a signal."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def main() -> None:
-    _die_with_parent()
+if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    # Libraries print to stdout as they like; the answers get the pipe to themselves.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    peer = Peer()
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            answer = getattr(peer, request.pop("do"))(**request)
-        except Exception as error:
-            traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-
-
-if __name__ == "__main__":
-    main()
+    answer_requests(Peer())
