@@ -1,18 +1,28 @@
 """ONE replica: requests in, tokens out.
 
-`engine.py` takes requests in and owns the threads; `pipeline.py` runs one step after the other, each started before the
-last one's results are read. In a step, `scheduler.py` decides what to compute, with a policy from `scheduling/` and
-pages and cached prefixes from `memory/` (all three plain Python, no jax); `batch.py` and `draws.py` pack the decision
-into arrays of a fixed shape; `runner.py` owns the device arrays and runs the compiled programs, which call the model
-and `sampling.py`; `answers.py` turns tokens into answers, with `detokenise.py` making the text.
+`engine.py` is the way in, and puts the rest together. A request is checked by `prompts.py` (`prompt_embeddings.py`
+where it comes as vectors), refused with one of `errors.py`, and posted to `driver.py`, which owns the lock, the inbox
+and the thread, and takes the turns; `asking.py` waits for many requests at once.
+
+In a turn, `pipeline.py` runs one step after the other, each started before the last one's results are read.
+`scheduler.py` decides what to compute, with a policy from `scheduling/`, pages and cached prefixes from `memory/` and
+guesses from `speculate.py` (all plain Python, no jax); `batch.py` and `draws.py` pack the decision into arrays of a
+fixed shape; `runner.py` owns the device arrays, laid out by `placement.py`, and runs the compiled programs;
+`answers.py` turns tokens into answers, with `detokenise.py` making the text, for the listeners of `listeners.py`.
 
 What is drawn: `sampling.py` picks a token of each row; `logit_rules.py` is what a request may ask of the logits before
 (bias, masks, penalties); `guided.py` follows grammars; `draws.py` packs all that for a step and `sampler.py` holds the
-compiled programs and their state.
+compiled programs and their state. What is read off a prompt instead: `scoring.py` and `prompt_scores.py` make the
+logprobs of its tokens, `pooling.py` its vector.
+
+`config.py` has the settings and the sizes that follow from them; `weights.py` makes a decoder ready to be served,
+`adapters.py` keeps account of its LoRA adapters, `invariance.py` proves that bits do not depend on the batch, and
+`stats.py` takes readings. `request.py` has the types that all of them pass around.
 """
 
 from jaxstack.engine.config import EngineConfig
-from jaxstack.engine.engine import Engine, EngineDead, PromptTooLong, QueueFull
+from jaxstack.engine.engine import Engine
+from jaxstack.engine.errors import EngineDead, PromptTooLong, QueueFull
 from jaxstack.engine.prompt_embeddings import EmbeddingPrompt
 from jaxstack.engine.request import (
     Completion,

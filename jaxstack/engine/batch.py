@@ -64,8 +64,8 @@ def cut(flat, fields: dict[str, tuple[int, ...]]) -> dict:
 @dataclasses.dataclass(frozen=True)
 class HostBatch:
     """What one forward pass is launched with. `plan.rows[i]` is sequence i of the arrays: a draft row is one, too, with
-    the pages of the sequence that it continues. `embeddings` are
-    vectors in the place of tokens' own, where `use_embeddings` says so; None for nowhere.
+    the pages of the sequence that it continues. `embeddings` are vectors in the place of tokens' own, where
+    `use_embeddings` says so; None for nowhere.
     """
 
     plan: StepPlan

@@ -11,6 +11,7 @@ from jaxstack.engine.batch import BatchShape, pack
 from jaxstack.engine.request import Request, SamplingParams, Sequence
 from jaxstack.engine.runner import Runner
 from jaxstack.engine.scheduler import Row, StepPlan
+from jaxstack.runtime.errors import UserError
 
 # The probe's tokens. Its pages are the first of the cache, and the crowd around it reads them, too.
 _LENGTH = 21
@@ -77,3 +78,13 @@ class _Probe:
         batch = pack(plan, (shape,), page_size=self._page_size, num_pages=self._num_pages)
         which = next(i for i, row in enumerate(rows) if not row.sequence.shared_pages)
         return np.asarray(self._runner.launch(batch).logits)[which]
+
+
+def prove(runner: Runner, *, page_size: int, num_pages: int) -> None:
+    """Raises UserError if this backend gives one token other bits in another step."""
+    differing = differing_shapes(runner, page_size=page_size, num_pages=num_pages)
+    if differing:
+        raise UserError(
+            f"batch_invariant: found other bits for {len(differing)} ways to compute one token ({differing[0]}"
+            f"{', ...' if len(differing) > 1 else ''}), expected the same; this backend cannot, set it to False"
+        )

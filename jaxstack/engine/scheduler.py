@@ -13,6 +13,7 @@ ends keeps its pages until its last row has settled, and nobody is preempted bef
 
 import collections
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Hashable
 
@@ -44,16 +45,16 @@ class Row:
 
 @dataclasses.dataclass
 class StepPlan:
-    """Rows of one step, single-token ones first. `decodes` counts those."""
+    """Rows of one step, those that a decode step would do for first. `decodes` counts these. Fixed once made."""
 
     rows: list[Row]
     decodes: int
 
-    @property
+    @functools.cached_property
     def tokens(self) -> int:
         return sum(row.count for row in self.rows)
 
-    @property
+    @functools.cached_property
     def drafted(self) -> bool:
         """Whether it guesses, so that nobody knows how far its sequences get before it has settled."""
         return any(row.draft is not None for row in self.rows)
@@ -148,8 +149,8 @@ class Scheduler:
     @property
     def drafting(self) -> bool:
         """Whether the next step may guess: then the one in flight has to settle before it is planned."""
-        few = 2 * len(self.running) <= self.speculation_rows and not self.waiting
-        return few and any(sequence.drafter for sequence in self.running)
+        few = self.speculation and 2 * len(self.running) <= self.speculation_rows and not self.waiting
+        return bool(few) and any(sequence.drafter for sequence in self.running)
 
     # The way of a sequence: add, then plan, launched and settled (again and again), finish.
 
@@ -267,11 +268,11 @@ class Scheduler:
         ready = [s for s in self.running if not s.complete]
         decoding = [s for s in ready if s.remaining == 1]
         prefilling = [s for s in ready if s.remaining > 1]
-        budget = self.max_batch_tokens
+        budget, drafting = self.max_batch_tokens, self.drafting
         for sequence in decoding:
             if sequence.slot >= 0 and self._reserve(sequence, sequence.length, rows):
                 rows[sequence] = [Row(sequence, sequence.computed, 1, True)]
-                if self.drafting:
+                if drafting and not self.waiting:  # reserving may have preempted somebody
                     rows[sequence] += self._drafts(sequence)
                 budget -= len(rows[sequence])
         for sequence in prefilling:

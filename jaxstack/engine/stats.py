@@ -2,6 +2,10 @@
 
 import dataclasses
 
+from jaxstack.engine.answers import Answers
+from jaxstack.engine.pipeline import Pipeline
+from jaxstack.engine.runner import Runner
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineStats:
@@ -46,3 +50,41 @@ class EngineStats:
     warm: bool
     warm_progress: float
     alive: bool
+
+
+def reading(pipeline: Pipeline, answers: Answers, runner: Runner, *, posted: int, alive: bool) -> EngineStats:
+    """Takes a reading, from any thread.
+
+    Args:
+      posted: requests that nobody has let in yet.
+      alive: whether requests are answered still.
+    """
+    scheduler = pipeline.scheduler
+    pool, counters = scheduler.pool, scheduler.counters
+    return EngineStats(
+        running=len(scheduler.running) + len(scheduler.closing),
+        waiting=len(scheduler.waiting) + posted,
+        pages_free=pool.free,
+        pages_tree=pool.tree,
+        pages_private=pool.private,
+        pages_total=pool.size,
+        prefix_queries=counters.prefix_queries,
+        prefix_hits=counters.prefix_hits,
+        preemptions=counters.preemptions,
+        drafted_tokens=counters.drafted_tokens,
+        accepted_drafts=counters.accepted_drafts,
+        prompt_tokens=answers.prompt_tokens,
+        generation_tokens=answers.generation_tokens,
+        finished=dict(answers.finished),
+        corrupted_requests=answers.corrupted,
+        steps=pipeline.steps,
+        step_seconds=pipeline.step_seconds,
+        host_seconds=pipeline.step_seconds - pipeline.wait_seconds,
+        step_rows=pipeline.rows,
+        step_padding=pipeline.padding,
+        iteration_tokens=dict(pipeline.iteration_tokens),
+        recompilations=runner.recompilations,
+        warm=runner.warm,
+        warm_progress=runner.warm_fraction,
+        alive=alive,
+    )

@@ -180,7 +180,7 @@ def test_a_deadline_ends_what_runs_and_what_waits(engine):
     for _ in range(6):
         engine.step()
     engine.submit([5, 6], greedy(5), pieces["c"].append, "c", timeout_s=1e6)
-    engine._drain_inbox()
+    engine._driver.take_in()
     engine._answers.expire(time.perf_counter() + 1.5e6)
     assert [d.finish_reason for d in pieces["a"]][-1] == "timeout" and 1 < len(pieces["a"]) < 10
     assert [(d.finish_reason, d.token_ids) for d in pieces["c"]] == [("timeout", ())]
@@ -371,7 +371,7 @@ def test_a_failing_step_ends_its_requests_and_nobody_elses(plain, monkeypatch, c
     monkeypatch.setattr(engine.runner, "launch", broken)
     for _ in range(3):
         engine.generate([prompt], greedy(5))
-    engine._thread.join(timeout=10)
+    engine._driver._thread.join(timeout=10)
     assert not engine.stats().alive
     with pytest.raises(EngineDead):
         engine.submit(prompt)

@@ -14,6 +14,7 @@ LAYERS, PAGES, PAGE, KV_HEADS, HEAD_DIM = 3, 9, 4, 2, 16
 FORMS = {
     name: functools.partial(kv_write, implementation=name) for name in ("ref", "xla", "cpu", "interpret", None)
 } | {"pallas_tpu": functools.partial(pallas_tpu.kv_write, interpret=True)}
+COMPILED = pytest.mark.skipif(bool(cpu.why_not()), reason=f"the compiled kernel: {cpu.why_not()}")
 
 
 def fresh(rng, rows, dtype=np.float32):
@@ -22,7 +23,7 @@ def fresh(rng, rows, dtype=np.float32):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [pytest.param(name, marks=COMPILED) if name == "cpu" else name for name in FORMS])
 def test_every_form_equals_numpy(form, dtype):
     rows_of_padding = 9
     rng = np.random.default_rng(0)
@@ -43,7 +44,7 @@ def test_every_form_equals_numpy(form, dtype):
     np.testing.assert_array_equal(found, wanted)
 
 
-@pytest.mark.skipif(bool(cpu.why_not()), reason=f"the compiled kernel: {cpu.why_not()}")
+@COMPILED
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_loop_over_layers_writes_in_place(dtype):
     cache = jnp.zeros((LAYERS, 4096, PAGE, 2 * KV_HEADS, HEAD_DIM), dtype)

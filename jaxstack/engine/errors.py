@@ -1,0 +1,15 @@
+"""Why a replica does not take a request."""
+
+from jaxstack.runtime.errors import UserError
+
+
+class QueueFull(UserError):
+    """So many requests wait already that another one is refused; come back later."""
+
+
+class PromptTooLong(UserError):
+    """Prompt and answer together exceed the window."""
+
+
+class EngineDead(RuntimeError):
+    """The step thread has ended; nothing more will be answered."""

@@ -1,0 +1,35 @@
+"""A decoder made ready to be served: its dtype, its layout on the devices, and the room for adapters."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxstack.engine.config import EngineConfig
+from jaxstack.models.adapter_slots import add_slots
+from jaxstack.models.decoder import Decoder
+from jaxstack.models.serving_layout import fuse_for_serving
+from jaxstack.models.tensor_parallel import place, shard_for_serving
+from kernels import matmul
+
+
+def served_dtype(config: EngineConfig) -> jnp.dtype:
+    """Of weights, activations and cache on this machine."""
+    if config.dtype != "auto":
+        return jnp.dtype(config.dtype)
+    return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
+def serving_form(decoder: Decoder, config: EngineConfig, mesh: Mesh | None, dtype: jnp.dtype) -> Decoder:
+    """The decoder, taken over: fused and packed for one device, or cut up for the mesh; with room for adapters."""
+    if mesh is not None:
+        decoder = shard_for_serving(decoder, mesh)
+    else:
+        packing = config.pack_weights
+        if packing is None:
+            packing = jax.default_backend() == "cpu" and matmul.available()
+        decoder = fuse_for_serving(decoder, pack=packing, dtype=dtype, consume=True)
+    if config.max_adapters:
+        add_slots(decoder, config.max_adapters, config.max_adapter_rank, dtype)
+        if mesh is not None:
+            place(decoder, mesh)
+    return decoder
