@@ -88,7 +88,7 @@ def _lm_eval(python: Path, url: str, folder: Path, workdir: Path) -> None:
         *("--tasks", f"{CHOOSING},{GENERATING}", "--include_path", str(workdir / "tasks")),
         *("--output_path", str(workdir / "found"), "--log_samples"),
     ]
-    offline = {name: "1" for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")}
+    offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
     places = {"HF_HOME": str(workdir.resolve() / "cache"), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
     log = workdir / "lm_eval.log"
     print(f"lm-eval asks the server (log: {log})", file=sys.stderr, flush=True)

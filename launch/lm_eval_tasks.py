@@ -19,7 +19,7 @@ ANSWER = r"(answer .*)$"
 
 
 def choosing_documents(problems: Sequence[Problem], seed: int = 0) -> list[dict[str, Any]]:
-    """`prompt` (the thinking skipped), `choices` (answers in random order, one of them right) and `label`, its place."""
+    """`prompt` (the thinking skipped), `choices` (answers in random order, one right) and its place `label`."""
     rng = random.Random(seed)
     documents = []
     for problem in problems:
