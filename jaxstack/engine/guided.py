@@ -55,7 +55,7 @@ class Matcher:
         return self.state.is_accepting()
 
     def valid_prefix(self, tokens: Seq[int]) -> int:
-        """How many of `tokens`, from the first on, could come next; nothing is taken. For drafts: cut there."""
+        """How many of `tokens`, from the first on, could come next; nothing is taken."""
         return self.state.validate_tokens(list(tokens))
 
 

@@ -115,7 +115,7 @@ class Scheduler:
         self.speculation = speculation
         self.speculation_rows = min(speculation_rows, max(max_rows, max_sequences))
         self.pool = PagePool(num_pages)
-        self.tree = RadixTree(self.pool, page_size)
+        self.tree = RadixTree(self.pool)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.closing: list[Sequence] = []  # finished, but a launched step still writes their pages

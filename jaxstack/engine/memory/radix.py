@@ -42,27 +42,20 @@ class Match:
 
 
 class RadixTree:
-    """Prefixes to pages. Pages it owns are counted in `pool.tree`; of these, `evictable` could be freed now.
+    """Prefixes, given as the keys of their whole pages, to pages. Those it owns are counted in `pool.tree`; of these,
+    `evictable` could be freed now.
 
     Args:
       pool: where evicted and duplicate pages go back to.
-      page_size: tokens in a page. Only whole pages are shared.
     """
 
-    def __init__(self, pool: PagePool, page_size: int):
+    def __init__(self, pool: PagePool):
         self._pool = pool
-        self._page_size = page_size
         self._roots: dict[Hashable, Node] = {}
         self._clock = itertools.count(1)
         self._heap: list[tuple[int, int, Node]] = []
         self._ticket = itertools.count()
         self.evictable = 0
-
-    def page_keys(self, tokens: Sequence[int], limit: int | None = None) -> list[PageKey]:
-        """The whole pages of `tokens`, at most the first `limit` tokens, as keys."""
-        size = self._page_size
-        end = len(tokens) if limit is None else min(limit, len(tokens))
-        return [tuple(tokens[i : i + size]) for i in range(0, end - size + 1, size)]
 
     def peek(self, keys: Sequence[PageKey], namespace: Hashable = None) -> int:
         """Pages of the longest cached prefix, without touching or splitting anything."""
