@@ -10,7 +10,6 @@ latency, and stops the server.
 import asyncio
 import dataclasses
 import json
-import logging
 import sys
 import time
 from pathlib import Path
@@ -38,8 +37,6 @@ _SERVER_FLAGS = ("--page_size=4", "--max_sequences=64", "--max_batch_tokens=256"
 
 
 def run() -> dict[str, Any]:
-    for name in ("httpx", "httpx2"):  # the client's transport, in older and newer versions, logs each request
-        logging.getLogger(name).setLevel(logging.WARNING)
     began = time.perf_counter()
     workdir = Path(_WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)

@@ -154,6 +154,8 @@ def main(run: Callable[[], Mapping[str, Any] | None]) -> None:
 
     # JAX notes each backend that is not there, which is nobody's concern.
     logging.getLogger("jax").setLevel(logging.WARNING)
+    for name in ("httpx", "httpx2"):  # the clients' transport, in older and newer versions, logs each request
+        logging.getLogger(name).setLevel(logging.WARNING)
 
     def guarded(rest: list[str]) -> int:
         if len(rest) > 1:
