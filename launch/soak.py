@@ -275,7 +275,7 @@ def run() -> dict[str, Any]:
         max_batch_tokens=128,
         max_model_len=384,
         page_size=4,
-        num_pages=640,  # little: cached prefixes are evicted and answers preempted all the time
+        num_pages=320,  # little: cached prefixes are evicted and answers preempted all the time
         batch_invariant=True,
         speculation=3,
         max_adapters=_LOADED_AT_ONCE,
