@@ -35,8 +35,9 @@ demo: venv
 serve: venv
 	@$(PY) -m launch.serve $(if $(MODEL),--model=$(MODEL))
 
+# Two processes: most of the time goes into compiling small programs, which one core does at a time.
 test: venv browser
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 # The server's page is tested in a real browser. Where there is none and none can be installed, those tests are skipped and say so.
 browser:
