@@ -163,7 +163,6 @@ def run() -> dict[str, Any]:
             contest = Contest({"http": ours.over_http, "in_process": ours.in_process}, open_peer, workload, progress)
             with contextlib.closing(contest):
                 outcomes.append(contend(contest, opponent, workload, progress, quiet=quiet))
-        # Before anything else is compiled in this process: the counter is the process's own.
         stats = ours.engine.stats()
     limit = matmul_limit.measure(config, _MAX_BATCH_TOKENS.value, dtype=_DTYPE.value)
     progress.done("matrix products alone measured")

@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 
 from jaxstack.engine.errors import EngineDead
 from jaxstack.engine.listeners import Touched, wake_all
@@ -28,6 +29,7 @@ class Driver:
       busy: whether a request is open, once the inbox is empty.
       recover: after a turn that raised, makes the next one possible.
       give_up: ends every open request, as an error; no turn comes after.
+      watch: entered around every turn and what is done between turns.
 
     Attributes:
       lock: held where turns are taken. All four callbacks but `busy` are called with it.
@@ -43,8 +45,10 @@ class Driver:
         busy: Callable[[], bool],
         recover: Callable[[], None],
         give_up: Callable[[], None],
+        watch: AbstractContextManager[object] | None = None,
     ):
         self._turn, self._busy, self._recover, self._give_up = turn, busy, recover, give_up
+        self._watch = watch or nullcontext()
         self.lock = threading.RLock()
         self.stopping = False
         self.death: BaseException | None = None
@@ -89,7 +93,7 @@ class Driver:
 
     def step(self) -> bool:
         """Does what has been posted and takes one turn. False when there was nothing to do in it."""
-        with self.lock:
+        with self.lock, self._watch:
             self.take_in()
             worked = self._turn()
             self.flush()

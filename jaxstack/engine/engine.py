@@ -133,6 +133,7 @@ class Engine:
             busy=lambda: bool(self._answers.live),
             recover=self._recover,
             give_up=functools.partial(self._end_all, "error"),
+            watch=self.runner.watch,
         )
 
     @property

@@ -38,7 +38,7 @@ from jaxstack.models.linear import AdapterFactors, AdapterStack
 from jaxstack.models.peft_format import PeftAdapter
 from jaxstack.models.serving_layout import count_rows
 from jaxstack.models.tensor_parallel import AXIS, cached_kv_heads
-from jaxstack.runtime.compilation import CompileCounter
+from jaxstack.runtime.compilation import CompileWatch
 from jaxstack.runtime.errors import UserError
 from kernels.kv_write import kv_write
 from kernels.paged_attention import paged_attention, ragged
@@ -125,7 +125,7 @@ class Runner:
         self._steps: dict[BatchShape, Callable] = {}
         self._scorers: dict[BatchShape, Callable] = {}
         self._nothing_given: dict[BatchShape, Array] = {}
-        self._counter = CompileCounter()
+        self.watch = CompileWatch()
 
     @property
     def cache_bytes(self) -> int:
@@ -142,8 +142,8 @@ class Runner:
 
     @property
     def recompilations(self) -> int:
-        """Programs compiled in this process since the warm-up ended. Zero is the promise."""
-        return self._counter.count if self.warm else 0
+        """Programs compiled by turns, which come after the warm-up. Zero is the promise."""
+        return self.watch.count
 
     def warm_up(self, progress: bool = True, stopped: Callable[[], bool] = lambda: False) -> None:
         """Compiles every shape and runs it once, so that the first request meets no surprise.
@@ -175,7 +175,6 @@ class Runner:
             jax.block_until_ready(self.sampler.draw(logits, no_draws(shape.samples, self.sampler.scrap_slot)))
             self._steps[shape] = step
         self._compile_adapter_writer()
-        self._counter.reset()
 
     def compile(self, shape: BatchShape):
         """The compiled forward pass of one shape (`jax.stages.Compiled`): weights, cache, ints, last tokens, given

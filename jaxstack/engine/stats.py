@@ -22,7 +22,7 @@ class EngineStats:
       drafted_tokens, accepted_drafts: guesses computed, and those that were right: each is a step saved.
       step_rows, step_padding: token rows computed for somebody, and for nobody.
       iteration_tokens: how many steps computed exactly so many tokens.
-      recompilations: programs compiled since the warm-up; zero is the promise.
+      recompilations: programs compiled by turns, after the warm-up; zero is the promise.
     """
 
     running: int

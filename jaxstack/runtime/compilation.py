@@ -24,6 +24,11 @@ class _Total:
         self._listening = False
         self.count = 0
         self.seconds = 0.0
+        self._thread = threading.local()
+
+    @property
+    def of_this_thread(self) -> int:
+        return getattr(self._thread, "count", 0)
 
     def listen(self) -> None:
         with self._lock:
@@ -36,6 +41,7 @@ class _Total:
             with self._lock:
                 self.count += 1
                 self.seconds += duration_secs
+            self._thread.count = self.of_this_thread + 1  # JAX tells the thread that compiles
 
 
 _total = _Total()
@@ -66,6 +72,24 @@ class CompileCounter:
     def seconds(self) -> float:
         """Seconds spent in the backend compiler since creation or `reset()`."""
         return _total.seconds - self._seconds
+
+
+class CompileWatch:
+    """Counts the compilations inside its `with` blocks, by the thread that is in the block; what others compile
+    meanwhile is not counted. One thread at a time.
+    """
+
+    def __init__(self) -> None:
+        _total.listen()
+        self.count = 0
+        self._before = 0
+
+    def __enter__(self) -> "CompileWatch":
+        self._before = _total.of_this_thread
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.count += _total.of_this_thread - self._before
 
 
 def use_compilation_cache(folder: str | Path) -> None:

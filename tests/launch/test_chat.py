@@ -127,7 +127,10 @@ def test_a_refused_message_is_taken_back(source: Any) -> None:
     assert [m["content"] for m in talk.talk if m["role"] == "user"] == ["hello"] and out.strip()
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_chat(source: Any, engine: Engine) -> None:
+def test_ctrl_c_stops_the_answer_and_not_the_chat(source: Any, engine: Engine, request: pytest.FixtureRequest) -> None:
+    # A parallel run's workers ignore the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     begin = time.perf_counter()
     screen = Screen(50, lambda: os.kill(os.getpid(), signal.SIGINT))
     lines = ["/set temperature=0", "/set ignore_eos=true", "hello", "/set max_tokens=3", "and?"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxstack.engine import Engine
@@ -223,7 +223,7 @@ LIKELY = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(LIKELY, st.dictionaries(FIELDS, VALUES, max_size=3))
 def test_no_body_gets_past_the_checks_or_breaks_them(likely: dict[str, Any], fields: dict[str, Any]) -> None:
     body = json.dumps({**likely, **fields}).encode()
