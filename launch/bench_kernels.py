@@ -32,6 +32,7 @@ OPS = {
     "grouped_matmul": mixture.grouped_matmul_cases,
     "lora_matmul": mixture.lora_matmul_cases,
     "sample_threshold": heads_and_rows.sample_threshold_cases,
+    "rms_norm": heads_and_rows.rms_norm_cases,
     "rms_norm_rope": heads_and_rows.rms_norm_rope_cases,
 }
 

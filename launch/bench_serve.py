@@ -45,7 +45,8 @@ from launch.serve_benchmark.agreement import NEAR_TIE, Agreement, MarginAt, Plai
 from launch.serve_benchmark.contest import Contest, PeerMode, Progress, Run, fastest
 from launch.serve_benchmark.machine import FOREIGN_LIMIT, describe, foreign_now, load1
 from launch.serve_benchmark.opponents import OPPONENTS, Opponent
-from launch.serve_benchmark.ours import Ours, model_config, model_folder, scale_of
+from launch.serve_benchmark.ours import Ours, model_folder
+from launch.serve_benchmark.shapes import model_config, scale_of
 from launch.serve_benchmark.workload import Workload
 
 _PEER = flags.DEFINE_enum("peer", "transformers", sorted(OPPONENTS), "whom to compare with")

@@ -30,7 +30,7 @@ from jaxstack.models.decoder import Decoder
 from jaxstack.runtime.errors import UserError
 from launch import job
 from launch.serve_benchmark.machine import FOREIGN_LIMIT, LoadMeter, describe
-from launch.serve_benchmark.ours import model_config, scale_of
+from launch.serve_benchmark.shapes import model_config, scale_of
 
 _LAYERS = flags.DEFINE_integer("layers", 6, "layers of the model; Qwen2.5-0.5B has 24", lower_bound=1)
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 37_984, "vocabulary; Qwen2.5-0.5B has 151936", lower_bound=128)

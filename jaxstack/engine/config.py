@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+import jax
 import psutil
 from jax.sharding import Mesh
 
@@ -18,6 +19,8 @@ _FEW_SAMPLES = 8
 # rows of 256 numbers), whatever the products do.
 _INVARIANT_ROWS = 16
 _CPU_CACHE_SHARE, _CPU_CACHE_BYTES = 0.25, 4 * 2**30
+# Of an accelerator's memory, weights and cache together; steps need the rest.
+_ACCELERATOR_SHARE = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +32,8 @@ class EngineConfig:
       max_batch_tokens: tokens of one step; longer prompts are computed in chunks.
       max_model_len: prompt and answer together, in tokens; at most what the model was made for.
       page_size: tokens in a page of the KV cache, a power of two.
-      num_pages: pages of the KV cache; by default a quarter of the free memory, 4 GiB at the most.
+      num_pages: pages of the KV cache; by default a quarter of the free memory, 4 GiB at the most; on an accelerator
+        what weights leave of nine tenths of its memory.
       prefix_caching: keep the keys and values of finished prompts and answers for later prompts that begin alike.
       dtype: of weights, activations and cache; "auto" is float32 on CPU and bfloat16 elsewhere.
       pack_weights: lay weights out for the CPU kernel of `kernels.matmul`; by default wherever that kernel runs.
@@ -116,7 +120,7 @@ def sizes(config: EngineConfig, model: DecoderConfig, dtype_bytes: int) -> Sizes
     if pages is None:
         kv_heads = model.num_kv_heads if config.mesh is None else cached_kv_heads(model, check_mesh(config.mesh, model))
         page_bytes = model.num_layers * config.page_size * 2 * kv_heads * model.head_dim * dtype_bytes
-        room = min(_CPU_CACHE_SHARE * psutil.virtual_memory().available, _CPU_CACHE_BYTES)
+        room = _cache_bytes() * (1 if config.mesh is None else config.mesh.size)
         useful = 4 * config.max_sequences * -(-window // config.page_size)
         pages = min(int(room // page_bytes), useful)
     if pages < 2 * config.max_sequences:
@@ -134,6 +138,15 @@ def sizes(config: EngineConfig, model: DecoderConfig, dtype_bytes: int) -> Sizes
     )
     mixed = (BatchShape(rows, many, table, many) for rows in _mixed_rows(config.max_batch_tokens, many))
     return Sizes(window, pages, (*decode, *mixed))
+
+
+def _cache_bytes() -> float:
+    """What the cache may take of one device, the weights being there."""
+    device = jax.local_devices()[0]
+    memory = None if device.platform == "cpu" else device.memory_stats()
+    if memory is None:
+        return min(_CPU_CACHE_SHARE * psutil.virtual_memory().available, _CPU_CACHE_BYTES)
+    return max(0.0, _ACCELERATOR_SHARE * memory["bytes_limit"] - memory["bytes_in_use"])
 
 
 def rows_of(config: EngineConfig) -> int:

@@ -17,6 +17,7 @@ from jaxstack.engine.batch import cut, size
 from jaxstack.engine.guided import MaskFiller
 from jaxstack.engine.logit_rules import ENDS_BARRED, GUIDED, PROCESSED, RESTRICTED, RecordLayout, needs_record, words
 from jaxstack.engine.request import Sequence
+from jaxstack.engine.sampling import GREEDY, Kind
 from jaxstack.engine.scheduler import Row, StepPlan
 
 
@@ -43,6 +44,7 @@ class HostDraws:
     floats: Float32[np.ndarray, " n_floats"]
     records: tuple[tuple[int, Int32[np.ndarray, " n_record"]], ...] = ()
     grammar: Int32[np.ndarray, "samples words"] | None = None
+    kind: Kind = "greedy"
 
 
 def no_draws(samples: int, scrap_slot: int) -> HostDraws:
@@ -75,6 +77,7 @@ class DrawPacker:
         h, g = cut(draws.ints, int_fields(samples)), cut(draws.floats, float_fields(samples))
         records: list[tuple[int, Int32[np.ndarray, " n_record"]]] = []
         guided: list[tuple[int, Sequence]] = []
+        kind: Kind = "greedy"
         for i, row in enumerate(plan.rows):
             if not row.samples:
                 continue
@@ -90,6 +93,10 @@ class DrawPacker:
             g["min_p"][i] = sampling.min_p
             if request.logprobs is not None:
                 h["wants_logprobs"][...] = 1
+            if request.logprobs is not None or sampling.ruled:
+                kind = "any"
+            elif sampling.temperature >= GREEDY and kind == "greedy":
+                kind = "plain"
             known = self._holders[sequence.slot] is sequence
             self._holders[sequence.slot] = sequence
             if sampling.ruled and sequence.finish_reason is None:
@@ -102,7 +109,7 @@ class DrawPacker:
         if guided:
             grammar = np.zeros((samples, words(self._layout.vocab)), np.int32)
             self._filler.fill(grammar, [(sequence.matcher, i) for i, sequence in guided])
-        return dataclasses.replace(draws, records=tuple(records), grammar=grammar)
+        return dataclasses.replace(draws, records=tuple(records), grammar=grammar, kind=kind)
 
     def forget(self) -> None:
         """The records on the device are lost."""

@@ -44,9 +44,9 @@ class Placement:
         """A host array on every device."""
         return jax.device_put(np.asarray(x), self.everywhere)
 
-    def struct(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        """What a program is told of a host array that every call brings."""
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.everywhere)
+    def struct(self, shape: tuple[int, ...], dtype: Any, sharding: NamedSharding | None = None) -> jax.ShapeDtypeStruct:
+        """What a program is told of an array that every call brings, by default the same on every device."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding or self.everywhere)
 
     def shared(self, forward: Callable, weights: Any) -> Callable:
         """`forward(weights, cache, *inputs) -> cache, hidden` where each device computes with its share of the weights

@@ -10,7 +10,9 @@ where the next forward pass finds it before the host has read it. The device run
 sees all that earlier ones wrote.
 """
 
+import concurrent.futures
 import dataclasses
+import os
 import sys
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -120,7 +122,10 @@ class Runner:
         self._cache_shape = (self.config.num_layers, num_pages + 1, page_size, 2 * heads, head_dim)
         self._cache: Array
         place = self._placement
-        self.sampler = Sampler(slots=slots, length=max_length, vocab=self.config.vocab_size, placement=place)
+        columns = jax.eval_shape(decoder.logits, place.struct((1, self.config.hidden_size), self.dtype)).shape[-1]
+        self.sampler = Sampler(
+            slots=slots, length=max_length, vocab=self.config.vocab_size, columns=columns, placement=place
+        )
         self.reset_cache()
         self._steps: dict[BatchShape, Callable] = {}
         self._scorers: dict[BatchShape, Callable] = {}
@@ -154,27 +159,39 @@ class Runner:
         """
         if self.warm:
             return
-        bar = tqdm(self.shapes, desc="compiling", unit="step", file=sys.stderr, disable=not progress, leave=False)
-        for shape in bar:
-            if stopped():
-                return
-            if shape in self._steps:
-                continue
-            ints = np.zeros(size(shape.int_fields), np.int32)
-            cut(ints, shape.int_fields)["write_slots"][:] = (self._cache_shape[1] - 1) * self.page_size
-            step = self.compile(shape)
-            if not shape.decode:
-                nothing = np.zeros((shape.rows, self.config.hidden_size), np.float32)
-                self._nothing_given[shape] = self._placement.put(nothing)
-            given = self._nothing_given.get(shape)
-            self._cache, logits, hidden = step(self._weights, self._cache, ints, self.sampler.last_token, given)
-            if hidden is not None:
-                self._scorers[shape] = self.compile_scorer(shape)
-                self._scorers[shape](self._weights, hidden, np.full(shape.rows, -1, np.int32))
-            self.sampler.compile(shape.samples, logits)
-            jax.block_until_ready(self.sampler.draw(logits, no_draws(shape.samples, self.sampler.scrap_slot)))
-            self._steps[shape] = step
+        self.sampler.compile_writer()
+        todo = [shape for shape in self.shapes if shape not in self._steps]
+        bar = tqdm(todo, desc="compiling", unit="step", file=sys.stderr, disable=not progress, leave=False)
+        with concurrent.futures.ThreadPoolExecutor(_compilers()) as pool:
+            samplers = {rows: pool.submit(self.sampler.compile, rows) for rows in {shape.samples for shape in todo}}
+            steps = {shape: pool.submit(self.compile, shape) for shape in todo}
+            scorers = {shape: pool.submit(self.compile_scorer, shape) for shape in todo if not shape.decode}
+            try:
+                for shape in bar:
+                    if stopped():
+                        return
+                    samplers[shape.samples].result()
+                    self._run_once(shape, steps[shape].result(), scorers[shape].result() if shape in scorers else None)
+            finally:
+                pool.shutdown(cancel_futures=True)
         self._compile_adapter_writer()
+
+    def _run_once(self, shape: BatchShape, step: Callable, scorer: Callable | None) -> None:
+        """What a program does the first time alone is done now; from here on the shape is known."""
+        ints = np.zeros(size(shape.int_fields), np.int32)
+        cut(ints, shape.int_fields)["write_slots"][:] = (self._cache_shape[1] - 1) * self.page_size
+        given = None
+        if not shape.decode:
+            nothing = np.zeros((shape.rows, self.config.hidden_size), np.float32)
+            given = self._nothing_given[shape] = self._placement.put(nothing)
+        self._cache, logits, hidden = step(self._weights, self._cache, ints, self.sampler.last_token, given)
+        if scorer is not None:
+            self._scorers[shape] = scorer
+            scorer(self._weights, hidden, np.full(shape.rows, -1, np.int32))
+        for kind in self.sampler.kinds:
+            draws = dataclasses.replace(no_draws(shape.samples, self.sampler.scrap_slot), kind=kind)
+            jax.block_until_ready(self.sampler.draw(logits, draws))
+        self._steps[shape] = step
 
     def compile(self, shape: BatchShape):
         """The compiled forward pass of one shape (`jax.stages.Compiled`): weights, cache, ints, last tokens, given
@@ -191,7 +208,9 @@ class Runner:
         jitted = jax.jit(
             step, donate_argnums=(1,), out_shardings=place.all_of(place.cache, place.logits, place.everywhere)
         )
-        return jitted.lower(self._weights, self._cache, ints, self.sampler.last_token, given).compile()
+        # Told of the cache and not given it: another program may be taking it away just now.
+        cache = place.struct(self._cache_shape, self.dtype, place.cache)
+        return jitted.lower(self._weights, cache, ints, self.sampler.last_token, given).compile()
 
     def compile_scorer(self, shape: BatchShape):
         """The compiled scorer of prompt tokens: weights, hidden states, targets -> `Scores`."""
@@ -313,3 +332,8 @@ class Runner:
         if logits.shape[-1] > self._vocab_size:
             logits = jnp.where(jnp.arange(logits.shape[-1]) < self._vocab_size, logits, -jnp.inf)
         return logits
+
+
+def _compilers() -> int:
+    """How many programs to compile at a time. XLA's compiler for CPUs occupies all of them by itself."""
+    return 1 if jax.default_backend() == "cpu" else min(8, os.cpu_count() or 1)

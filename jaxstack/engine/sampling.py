@@ -10,7 +10,7 @@ token stays if the mass strictly before it is below p), min-p (a token stays if 
 likeliest). Equal logits count in order of token id. What no row asks for is skipped, and costs a comparison.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,17 @@ from jaxtyping import Array, Float, Int
 
 from jaxstack.engine.logit_rules import PROCESSED, RowParams, SlotState, apply_rules, touched
 from jaxstack.engine.request import MAX_LOGPROBS
+from kernels.platforms import platform
 from kernels.sample_threshold import kept, sample_threshold
 
+# What the rows of a step ask for: each its likeliest token; no rule and no log probability; or anything.
+Kind = Literal["greedy", "plain", "any"]
 # Candidates looked at before the whole vocabulary is.
 WINDOW = 64
 # Columns summed as one in the search for the drawn token, if the vocabulary is a multiple of none of these.
 _BLOCKS = (512, 256, 128)
+# Below this temperature a row takes its likeliest token.
+GREEDY = 1e-5
 # What a token that cannot be drawn is reported with: JSON has no infinity.
 _NEVER = -9999.0
 
@@ -47,6 +52,7 @@ def sample(
     params: RowParams,
     state: SlotState,
     grammar: Int[Array, "rows words"],
+    kind: Kind = "any",
 ) -> Sampled:
     """Draws one token a row.
 
@@ -54,10 +60,19 @@ def sample(
       logits: float32, -inf where a token cannot be.
       state: what `logit_rules` keeps of the rows' sequences.
       grammar: bits of the tokens that guided rows may draw; other rows' bits are not read.
+      kind: what is known of all rows beforehand. The same tokens come of "any", which finds out: where that keeps the
+        host waiting for the device, as on a GPU, it is better to know.
     """
     vocab = logits.shape[1]
     top, first = jax.lax.top_k(logits, 1)  # the quickest arg max on CPU, and ties go to the lowest id
-    random = params.temperature >= 1e-5
+    random = params.temperature >= GREEDY
+    finite = jnp.isfinite(top[:, 0])  # NaN compares as the largest in top_k, so this tells of any in the row
+    if kind != "any":
+        token = first[:, 0]
+        if kind == "plain":
+            divisor = jnp.where(random, params.temperature, 1.0)[:, None]
+            token = jnp.where(random, _draw(logits / divisor, params, random), token)
+        return Sampled(jnp.where(finite, token, -1), *_unreported(logits.shape[0], min(MAX_LOGPROBS, vocab)))
     ruled = touched(params).any()
 
     def scaled():
@@ -75,12 +90,13 @@ def sample(
         lambda: _reported(logits, scaled, token, params, random),
         lambda: _unreported(logits.shape[0], min(MAX_LOGPROBS, vocab)),
     )
-    # NaN compares as the largest in top_k, so the first value tells of any in the row.
-    return Sampled(jnp.where(jnp.isfinite(top[:, 0]), token, -1), *logprobs)
+    return Sampled(jnp.where(finite, token, -1), *logprobs)
 
 
 def _draw(scaled, params, random):
     """A token of every row; -2 where every logit is -inf."""
+    if platform() == "gpu":
+        return _draw_without_branches(scaled, params, random)
     values, ids = jax.lax.top_k(scaled, min(WINDOW, scaled.shape[1]))
     # Reductions, no slices: XLA folds a slice into its own form of top-k, does not recognise that any more and sorts
     # the whole row, on CPU 800 ms instead of 6 for 32 rows of 151,936.
@@ -95,6 +111,18 @@ def _draw(scaled, params, random):
         return jnp.where(random, _draw_at(scaled, values, ids, base, uniform, random, params), likeliest)
 
     token = jax.lax.cond(random.any(), by_chance, lambda: likeliest)
+    return jnp.where(possible, token, -2)
+
+
+def _draw_without_branches(scaled, params, random):
+    """`_draw`, always by the threshold in the whole row: a GPU finds that sooner than it tells the host which branch to
+    take."""
+    highest, likeliest = scaled.max(-1, keepdims=True), jnp.argmax(scaled, -1)
+    possible = highest[:, 0] > -jnp.inf
+    base = jnp.where(possible[:, None], highest, 0.0)
+    weights = jnp.where(_kept(scaled, params, random), jnp.exp(scaled - base), 0.0)
+    uniform = jax.vmap(_uniform)(params.seed, params.choice, params.position)
+    token = jnp.where(random, _inverse_cdf(weights, uniform), likeliest)
     return jnp.where(possible, token, -2)
 
 
@@ -208,6 +236,13 @@ def _passing(weights, target):
     Rounding may leave none; then it is the last column with any weight.
     """
     column = jnp.arange(weights.shape[1])
+    if platform() == "gpu":
+        # One pass over all pairs of columns, where a search would be a dozen kernels.
+        total = _running_sum(weights)
+        last = jnp.where(weights > 0, column, 0).max(-1)
+        more = total > target[:, None]
+        found = jnp.where(more.any(-1), jnp.argmax(more, -1), last)
+        return found, jnp.where(column == found[:, None] - 1, total, 0.0).sum(-1)
     up_to = lambda t: jnp.where(column <= t[:, None], weights, 0.0).sum(-1)  # noqa: E731
 
     def narrow(_, bounds):

@@ -22,10 +22,10 @@ from jaxstack.models.activations import ACTIVATIONS
 from jaxstack.models.attention import FULL_WINDOW, Attend, LayerContext
 from jaxstack.models.decoder_config import DecoderConfig, Segment
 from jaxstack.models.linear import AdapterStack, Linear
-from jaxstack.models.moe import ExpertStack, Moe
+from jaxstack.models.moe import Moe
 from jaxstack.models.rope import rotate, rotation
 from jaxstack.runtime.errors import UserError
-from kernels.matmul import PackedWeight
+from kernels.matmul import PackedWeight, StackedWeight
 from kernels.rms_norm import rms_norm
 
 __all__ = ["Decoder", "DecoderConfig", "DecoderLayer", "Remat"]
@@ -178,7 +178,7 @@ def _per_layer(layers: "DecoderLayer", segment: Segment, config: DecoderConfig):
     leaves = dict(nnx.to_flat_state(state))
     held = {path: leaf.get_value() for path, leaf in leaves.items()}
     in_place = {
-        p: leaves[p] for p, value in held.items() if isinstance(value, PackedWeight | AdapterStack | ExpertStack)
+        p: leaves[p] for p, value in held.items() if isinstance(value, PackedWeight | StackedWeight | AdapterStack)
     }
 
     def place(path: tuple, layer: Any) -> Any:

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from kernels.lora_matmul import lora_matmul
-from kernels.matmul import PackedWeight, matmul
+from kernels.matmul import PackedWeight, StackedWeight, matmul
 
 
 class LoraParam(nnx.Param):
@@ -101,7 +101,8 @@ class Linear(nnx.Module):
     """`x @ kernel (+ bias) (+ adapters)`.
 
     Attributes:
-      kernel: `nnx.Param [in, out]`; its value may be a `kernels.matmul.PackedWeight` in a serving decoder.
+      kernel: `nnx.Param [in, out]`; in a serving decoder its value is a `PackedWeight` or a `StackedWeight` of
+        `kernels.matmul`.
       bias: `nnx.Param [out]` or None.
       lora: `LoraWeights` in training, `LoraSlots` in a server, or None.
       sum_over: the mesh axis over which the inputs are cut, inside a `jax.shard_map`: products are summed over it.
@@ -130,7 +131,8 @@ class Linear(nnx.Module):
         *,
         out_dtype: jnp.dtype | None = None,
     ) -> Float[Array, "... out"]:
-        """Computes in `x`'s dtype, to which parameters of another are cast, or in that of a packed kernel.
+        """Computes in `x`'s dtype, to which parameters of another are cast; with a packed kernel in that one's, with
+        a stacked one in the wider of the two.
 
         Args:
           adapter_ids: one adapter for each row of `x` (its leading dimensions), or None for the only one
@@ -139,7 +141,7 @@ class Linear(nnx.Module):
         """
         kernel = self.kernel.get_value()
         out_dtype = x.dtype if out_dtype is None else out_dtype
-        if not isinstance(kernel, PackedWeight):
+        if not isinstance(kernel, PackedWeight | StackedWeight):
             kernel = kernel.astype(x.dtype)
         bias = None if self.bias is None else self.bias.get_value()
         out = matmul(x, kernel, bias if self.sum_over is None else None, out_dtype=out_dtype)

@@ -6,8 +6,6 @@ or dropped (MegaBlocks, Gale et al. 2022):
     router -> top-k -> sort rows by expert -> gate, up -> activation -> down -> back in order -> weighted sum
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,31 +15,14 @@ from jaxstack.models.activations import ACTIVATIONS
 from jaxstack.models.decoder_config import DecoderConfig, MoeConfig
 from jaxstack.models.linear import Linear
 from kernels.grouped_matmul import grouped_matmul
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ExpertStack:
-    """The matrices of all experts of all layers, for serving: a scan over layers indexes them where they lie.
-
-    Attributes:
-      weights: the stack.
-      layer: which layer is meant; None for a stack not indexed yet.
-    """
-
-    weights: Float[Array, "L E in out"]
-    layer: Int[Array, ""] | None = None
-
-    def at_layer(self, index: Int[Array, ""]) -> "ExpertStack":
-        """One layer of the stack; nothing is copied."""
-        return dataclasses.replace(self, layer=index)
+from kernels.matmul import StackedWeight
 
 
 class Experts(nnx.Module):
     """One projection of every expert: rows sorted by expert, each times its expert's matrix.
 
     Attributes:
-      kernel: `nnx.Param [E, in, out]`; its value is an `ExpertStack` in a serving decoder.
+      kernel: `nnx.Param [E, in, out]`; its value is a `StackedWeight` in a serving decoder.
     """
 
     def __init__(self, config: DecoderConfig, moe: MoeConfig, shape: tuple[int, int], rngs: nnx.Rngs, param_dtype):
@@ -50,7 +31,7 @@ class Experts(nnx.Module):
 
     def __call__(self, x: Float[Array, "rows in"], group_sizes: Int[Array, "E"]) -> Float[Array, "rows out"]:
         kernel = self.kernel.get_value()
-        if isinstance(kernel, ExpertStack):
+        if isinstance(kernel, StackedWeight):
             # The stack stays as it is: casting it would copy it.
             out = grouped_matmul(x.astype(kernel.weights.dtype), kernel.weights, group_sizes, layer=kernel.layer)
             return out.astype(x.dtype)

@@ -14,23 +14,24 @@ from jaxtyping import Array, Int
 
 from jaxstack.models.decoder import Decoder, LayerNorm, RMSNorm
 from jaxstack.models.linear import Linear, LoraParam
-from jaxstack.models.moe import ExpertStack, Moe
+from jaxstack.models.moe import Experts, Moe
 from jaxstack.runtime.errors import UserError
 from kernels import matmul
 
 
 def fuse_for_serving(decoder: Decoder, *, pack: bool, dtype: DTypeLike = jnp.float32, consume: bool = False) -> Decoder:
-    """A decoder whose q, k, v projections are one `qkv_proj` and whose gate and up projections are one `gate_up_proj`;
-    those of experts, too, whose stacks a step then indexes where they lie.
+    """A decoder whose q, k, v projections are one `qkv_proj` and whose gate and up projections are one `gate_up_proj`,
+    those of experts too. The matrices of all layers are a `kernels.matmul.StackedWeight`, which a step indexes where it
+    lies.
 
-    What is not rearranged (embedding, norms, and without `pack` the output projections) is shared with `decoder`.
+    What is not rearranged (embedding, norms, without `pack` the output matrix) is shared with `decoder`.
 
     Args:
       decoder: as loaded or trained.
-      pack: also store every matrix of the layers, except experts, and the output matrix as a
-        `kernels.matmul.PackedWeight`; a tied output matrix then exists a second time, packed. Norms take their compiled
-        form, so that all that a token's numbers go through has the same bits in every batch.
-      dtype: of packed matrices, float32 or bfloat16.
+      pack: store every matrix of the layers, except experts, and the output matrix as a `PackedWeight` instead; a tied
+        output matrix then exists a second time, packed. Norms take their compiled form, so that all that a token's
+        numbers go through has the same bits in every batch.
+      dtype: of the matrices, float32 or bfloat16.
       consume: rearrange `decoder` itself, freeing each stack of weights once it has been replaced (peak memory: the
         model and one such stack) instead of leaving it usable.
 
@@ -47,17 +48,16 @@ def fuse_for_serving(decoder: Decoder, *, pack: bool, dtype: DTypeLike = jnp.flo
     attention, mlp, moe = decoder.layers.self_attn, decoder.layers.mlp, decoder.layers.moe
     attention.qkv_proj = _side_by_side((attention.q_proj, attention.k_proj, attention.v_proj))
     attention.q_proj = attention.k_proj = attention.v_proj = nnx.data(None)
-    if pack:
-        _pack_kernel(attention.qkv_proj, dtype)
-        _pack_kernel(attention.o_proj, dtype)
+    arrange = _pack_kernel if pack else _stack_kernel
+    arrange(attention.qkv_proj, dtype)
+    arrange(attention.o_proj, dtype)
     if mlp is not None:
         mlp.gate_up_proj = _side_by_side((mlp.gate_proj, mlp.up_proj))
         mlp.gate_proj = mlp.up_proj = nnx.data(None)
-        if pack:
-            _pack_kernel(mlp.gate_up_proj, dtype)
-            _pack_kernel(mlp.down_proj, dtype)
+        arrange(mlp.gate_up_proj, dtype)
+        arrange(mlp.down_proj, dtype)
     if moe is not None:
-        _stack_experts(moe)
+        _stack_experts(moe, dtype)
         if pack:
             _pack_kernel(moe.router, dtype)
     if pack:
@@ -78,16 +78,17 @@ def count_rows(module: nnx.Module | None, rows: Int[Array, ""]) -> None:
         nnx.update(module, jax.tree.map(counted, nnx.state(module), is_leaf=is_packed))
 
 
-def _stack_experts(moe: Moe) -> None:
+def _stack_experts(moe: Moe, dtype: DTypeLike) -> None:
     """One projection to gate and up for every expert, and stacks that a step indexes instead of cutting them up."""
     if moe.gate_proj is None or moe.up_proj is None:
         raise UserError("the decoder is rearranged for serving already")
     fused = moe.gate_proj
     both = [part.kernel.get_value() for part in (moe.gate_proj, moe.up_proj)]
-    fused.kernel = nnx.Param(cast(jax.Array, ExpertStack(jnp.concatenate(both, axis=-1))))
+    fused.kernel = nnx.Param(jnp.concatenate(both, axis=-1))
     moe.gate_proj = moe.up_proj = nnx.data(None)
     moe.gate_up_proj = fused
-    moe.down_proj.kernel = nnx.Param(cast(jax.Array, ExpertStack(moe.down_proj.kernel.get_value())))
+    _stack_kernel(moe.gate_up_proj, dtype)
+    _stack_kernel(moe.down_proj, dtype)
 
 
 def _side_by_side(parts: Sequence[Linear | None]) -> Linear:
@@ -99,6 +100,10 @@ def _side_by_side(parts: Sequence[Linear | None]) -> Linear:
     fused.kernel = nnx.Param(jnp.concatenate([part.kernel.get_value() for part in linears], axis=-1))
     fused.bias = nnx.Param(jnp.concatenate(biases, axis=-1)) if biases else nnx.data(None)
     return fused
+
+
+def _stack_kernel(linear: Linear | Experts, dtype: DTypeLike) -> None:
+    linear.kernel = _param(matmul.StackedWeight(linear.kernel.get_value().astype(dtype)))
 
 
 def _pack_kernel(linear: Linear, dtype: DTypeLike) -> None:
@@ -115,5 +120,5 @@ def _pack_head(decoder: Decoder, dtype: DTypeLike) -> None:
     decoder.lm_head = head
 
 
-def _param(weight: matmul.PackedWeight) -> nnx.Param:
+def _param(weight: matmul.PackedWeight | matmul.StackedWeight) -> nnx.Param:
     return nnx.Param(cast(jax.Array, weight))  # any pytree may be a Param's value; its annotation says Array

@@ -90,7 +90,8 @@ def _kernel(group_ref, first_ref, end_ref, layer_ref, x_ref, stack_ref, out_ref,
             some.astype(common), w.astype(common), contracted, precision=precision, preferred_element_type=jnp.float32
         )
 
-    turns = jnp.where((first < end) & (group < groups), pl.cdiv(depth, tile.depth), 0)
+    # With a type each: of two plain numbers Triton's lowering makes a truth value.
+    turns = jnp.where((first < end) & (group < groups), jnp.int32(pl.cdiv(depth, tile.depth)), jnp.int32(0))
     total = jax.lax.fori_loop(0, turns, turn, jnp.zeros((tile.rows, tile.columns), jnp.float32))
     to = out_ref.at[pl.ds(first, tile.rows), pl.ds(start, tile.columns)]
     plt.store(to, total.astype(out_ref.dtype), mask=own[:, None] & within)

@@ -1,6 +1,8 @@
-"""`matmul(x, w)`: products with weights that are plain arrays or packed for the CPU.
+"""`matmul(x, w)`: products with weights that are plain arrays, stacks of layers, or packed for the CPU.
 
-A plain `w [K, N]` goes to XLA's dot on every platform, for training and for accelerators. `pack` stores weights once,
+A plain `w [K, N]` goes to XLA's dot on every platform, for training and for accelerators. A `StackedWeight` holds the
+matrices of all layers; on a GPU, rows meet one of them in a kernel that reads it where it lies, elsewhere XLA's dot
+gets a copy of it. `pack` stores weights once,
 as float32 or bfloat16, in the order a CPU streams them from memory; `matmul` then runs a compiled kernel
 (packed_matmul.cc), faster at the few rows of a decode step; in bfloat16 it is twice as fast again where the processor
 multiplies bfloat16 itself (AVX512-BF16). A stack of layers stays one array: inside a scan, `packed.at_layer(index)`
@@ -8,9 +10,10 @@ names a layer and copies nothing.
 
     source packed_matmul.cc -> kernels/native.py (compile, cache) -> cpu.py (XLA custom call) <- packed.py (the layout)
     ref.py: the oracle       xla.py: what XLA compiles itself, also for packed weights where there is no compiler
+    stacked.py: a stack of layers       pallas_gpu.py: its products on NVIDIA GPUs
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +23,14 @@ from jaxtyping import Array, Float
 from kernels.matmul import cpu, ref, xla
 from kernels.matmul.cpu import available, why_not
 from kernels.matmul.packed import PANEL_COLUMNS, PackedWeight, pack, pack_transposed
+from kernels.matmul.stacked import StackedWeight
+from kernels.platforms import implementation_for, pallas_module
 
 __all__ = [
     "PANEL_COLUMNS",
     "Implementation",
     "PackedWeight",
+    "StackedWeight",
     "available",
     "matmul",
     "pack",
@@ -32,12 +38,12 @@ __all__ = [
     "why_not",
 ]
 
-Implementation = Literal["ref", "xla", "cpu"]
+Implementation = Literal["ref", "xla", "cpu", "pallas_gpu", "interpret"]
 
 
 def matmul(
     x: Float[Array, "... K"],
-    w: Float[Array, "K N"] | PackedWeight,
+    w: Float[Array, "K N"] | PackedWeight | StackedWeight,
     bias: Float[Array, " N"] | None = None,
     *,
     out_dtype: DTypeLike | None = None,
@@ -47,14 +53,17 @@ def matmul(
 
     Args:
       x: any leading axes.
-      w: a plain matrix, or a `PackedWeight` (one matrix, or a stack with `at_layer` chosen). `x` is rounded to a packed
+      w: a plain matrix, a `StackedWeight` with `at_layer` chosen, or a `PackedWeight` (one matrix, or a stack with
+        `at_layer` chosen). `x` is rounded to a packed
         weight's dtype and the sums are float32; by the "cpu" implementation a row is bit-identical whatever other rows
         are in the batch. Of one with `for_rows` chosen, the result's rows beyond those are zeros. (A processor's
         bfloat16 unit takes subnormal numbers, below 1e-38, for zero.)
-      bias: added before the result is rounded to `out_dtype`; with a plain `w` afterwards.
+      bias: added before the result is rounded to `out_dtype`; with a plain or stacked `w` afterwards.
       out_dtype: of the result; None is float32 for a packed weight, and what `x @ w` has for a plain one.
-      implementation: "ref" (the oracle), "xla" (XLA's own), "cpu" (the compiled kernel, packed weights only). None is
-        XLA's dot for a plain matrix; for a packed one the compiled kernel where it can run, else the "xla" form.
+      implementation: "ref" (the oracle), "xla" (XLA's own), "cpu" (the compiled kernel, packed weights only),
+        "pallas_gpu" (NVIDIA GPUs, stacked weights) or "interpret" (the same, run by JAX's interpreter on any platform,
+        slowly). None is XLA's dot for a plain matrix; for others the platform's kernel where it can
+        run, else the "xla" form.
 
     Raises:
       ValueError: shapes that do not fit, an unknown implementation, or "cpu" with a plain matrix.
@@ -62,18 +71,20 @@ def matmul(
         point.
       RuntimeError: implementation="cpu" where the kernel cannot be built.
     """
-    if implementation not in (None, "ref", "xla", "cpu"):
-        raise ValueError(f"matmul: unknown implementation {implementation!r}; expected None, 'ref', 'xla' or 'cpu'")
+    if implementation is not None and implementation not in get_args(Implementation):
+        known = ", ".join(get_args(Implementation))
+        raise ValueError(f"matmul: unknown implementation {implementation!r}; expected None or one of {known}")
+    if isinstance(w, PackedWeight | StackedWeight) and w.ndim != 2:
+        raise ValueError(f"matmul: the weight is a stack of shape {w.shape}; choose a matrix with at_layer(index)")
     if not isinstance(w, PackedWeight):
         if implementation == "cpu":
             raise ValueError("matmul: implementation='cpu' takes a PackedWeight; pack(w) makes one")
-        form = ref.matmul if implementation == "ref" else xla.matmul
-        out = form(x, w, out_dtype)
-        return out if bias is None else out + bias.astype(out.dtype)
-    if w.ndim != 2:
-        raise ValueError(
-            f"matmul: the packed weight is a stack of shape {w.shape}; choose a matrix with at_layer(index)"
+        out = (
+            _stacked(implementation, x, w, out_dtype)
+            if isinstance(w, StackedWeight)
+            else _plain(implementation, x, w, out_dtype)
         )
+        return out if bias is None else out + bias.astype(out.dtype)
     if x.ndim == 0 or x.shape[-1] != w.shape[0]:
         raise ValueError(f"matmul: x of shape {tuple(x.shape)} does not fit a weight of shape {w.shape}")
     if bias is not None and bias.shape != (w.out_features,):
@@ -84,6 +95,30 @@ def matmul(
     if 0 in x.shape or 0 in w.shape:
         return _finished(jnp.zeros((*x.shape[:-1], w.out_features), jnp.float32), bias, dtype)
     return _serve_only(implementation, x.astype(w.dtype), w, bias, dtype)
+
+
+def _plain(implementation: Implementation | None, x: Array, w: Array, out_dtype: DTypeLike | None) -> Array:
+    if implementation in ("pallas_gpu", "interpret"):
+        raise ValueError(f"matmul: implementation={implementation!r} takes a StackedWeight")
+    return (ref.matmul if implementation == "ref" else xla.matmul)(x, w, out_dtype)
+
+
+def _stacked(implementation: Implementation | None, x: Array, w: StackedWeight, out_dtype: DTypeLike | None) -> Array:
+    if x.ndim == 0 or x.shape[-1] != w.shape[0]:
+        raise ValueError(f"matmul: x of shape {tuple(x.shape)} does not fit a weight of shape {w.shape}")
+
+    def refuses(form: str) -> str:
+        if form not in ("pallas_gpu", "interpret"):
+            return ""
+        from kernels.matmul import pallas_gpu
+
+        return pallas_gpu.refuses(x, w)
+
+    form = implementation_for("matmul", implementation, ("ref", "xla", "pallas_gpu", "interpret"), refuses)
+    if form in ("ref", "xla"):
+        return (ref.matmul if form == "ref" else xla.matmul)(x, w.cut(), out_dtype)
+    module, _ = pallas_module("kernels.matmul", "pallas_gpu")
+    return module.matmul(x, w, out_dtype, interpret=form == "interpret")
 
 
 def _packed(
@@ -101,6 +136,8 @@ def _packed(
         return _finished(ref.matmul(x, w), bias, dtype, w.rows)
     if implementation == "cpu":
         return compiled(x, w, bias)
+    if implementation in ("pallas_gpu", "interpret"):
+        raise ValueError(f"matmul: implementation={implementation!r} takes a StackedWeight")
     if implementation == "xla" or not available():
         return by_xla(x, w, bias)
     # By the platform the program is compiled for, not the one it is traced on.

@@ -36,7 +36,8 @@ def refuses(q, kv) -> str:
 def paged_attention(q, kv, layer, batch, *, scale, window, softcap=None, sinks=None, interpret=False):
     sequences = batch.kv_lens.shape[0]
     attention = _Attention(q, kv, batch, scale, softcap, sinks, interpret)
-    scalars = jnp.stack([layer, window, batch.num_decodes, batch.num_items])
+    # The counts are a step's and not a layer's: together they would be put together anew in every layer.
+    scalars = layer[None], window[None], jnp.stack([batch.num_decodes, batch.num_items])
     decoded = attention.decode(q, kv, scalars, batch, sinks)
     if batch.item_sequence.shape[0] == 0:
         return decoded
@@ -65,17 +66,20 @@ class _Attention:
     def decode(self, q, kv, scalars, batch, sinks):
         table_tokens = self.table_pages * self.page_size
         splits = decode_splits(self.sequences, self.kv_heads, pl.cdiv(table_tokens, self.blocks.keys))
-        places = self.sequences * self.heads
-        top, total, out = self._call(
-            functools.partial(self._decode_kernel, splits),
-            (self.sequences, self.kv_heads, splits),
-            [jax.ShapeDtypeStruct((splits * places,), jnp.float32)] * 2
-            + [jax.ShapeDtypeStruct((splits * places, self.head_dim), jnp.float32)],
-        )(scalars, batch.block_tables, batch.kv_lens, *self._arrays(q, kv, sinks))
+        places, shape = self.sequences * self.heads, (self.sequences, self.heads, self.head_dim)
+        kernel = functools.partial(self._decode_kernel, splits)
+        grid, inputs = (self.sequences, self.kv_heads, splits), (*scalars, batch.block_tables, batch.kv_lens)
+        inputs += self._arrays(q, kv, sinks)
+        if splits == 1:
+            (out,) = self._call(kernel, grid, [jax.ShapeDtypeStruct((places, self.head_dim), self.out_dtype)])(*inputs)
+            return out.reshape(shape)
+        statistics = jax.ShapeDtypeStruct((splits * places,), jnp.float32)
+        out = jax.ShapeDtypeStruct((splits * places, self.head_dim), jnp.float32)
+        out, top, total = self._call(kernel, grid, [out, statistics, statistics])(*inputs)
         top, total = top.reshape(splits, places, 1), total.reshape(splits, places, 1)
         share = jnp.exp(top - top.max(0))
         out = (share * out.reshape(splits, places, -1)).sum(0) / jnp.maximum((share * total).sum(0), 1e-30)
-        return out.reshape(self.sequences, self.heads, self.head_dim).astype(self.out_dtype)
+        return out.reshape(shape).astype(self.out_dtype)
 
     def chunks(self, q, kv, scalars, batch, sinks):
         group = pl.next_power_of_2(self.group)
@@ -83,7 +87,7 @@ class _Attention:
         rows = max(1, queries // group)
         # Given as an input that the output replaces: rows of no work item are zeros.
         zeros = jnp.zeros((self.rows * self.heads, self.head_dim), self.out_dtype)
-        inputs = (scalars, batch.block_tables, batch.kv_lens, *self._arrays(q, kv, sinks))
+        inputs = (*scalars, batch.block_tables, batch.kv_lens, *self._arrays(q, kv, sinks))
         inputs += (batch.query_starts, batch.item_sequence, batch.item_row, zeros)
         (out,) = self._call(
             functools.partial(self._chunk_kernel, rows, group),
@@ -103,9 +107,9 @@ class _Attention:
             kernel, grid=grid, out_shape=out_shape, interpret=self.interpret, compiler_params=params, **more
         )
 
-    def _decode_kernel(self, splits, scalars, tables, lens, q, kv, sinks, top_out, total_out, out):
+    def _decode_kernel(self, splits, layer, window, counts, tables, lens, q, kv, sinks, out, *statistics):
         sequence, kv_head, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-        layer, window, num_decodes = scalars[0], scalars[1], scalars[2]
+        layer, window, num_decodes = layer[0], window[0], counts[0]
         member = jnp.arange(max(TENSOR_CORE_ROWS, pl.next_power_of_2(self.group)))
         length = jnp.where(sequence < num_decodes, lens[sequence], 0)
         first = jnp.maximum(length - window, 0) // self.blocks.keys
@@ -123,16 +127,34 @@ class _Attention:
             jnp.minimum(first + each, end), length,
         )  # fmt: skip
         place = jnp.where(real, split * self.sequences * self.heads + place, splits * self.sequences * self.heads)
-        triton.store(top_out.at[place], top, mask=real)
-        triton.store(total_out.at[place], total, mask=real)
+        if statistics:
+            triton.store(statistics[0].at[place], top, mask=real)
+            triton.store(statistics[1].at[place], total, mask=real)
+        else:
+            result = result / jnp.maximum(total, 1e-30)[:, None]
         self._store(out, place, result, real)
 
     def _chunk_kernel(
-        self, rows, group, scalars, tables, lens, q, kv, sinks, query_starts, sequences, item_rows, zeros, out
+        self,
+        rows,
+        group,
+        layer,
+        window,
+        counts,
+        tables,
+        lens,
+        q,
+        kv,
+        sinks,
+        query_starts,
+        sequences,
+        item_rows,
+        zeros,
+        out,
     ):
         del zeros  # the same memory as out
         item, kv_head, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-        layer, window, num_items = scalars[0], scalars[1], scalars[3]
+        layer, window, num_items = layer[0], window[0], counts[1]
         sequence = sequences[item]
         length, end_row = lens[sequence], query_starts[sequence + 1]
         before = item_rows[item] + part * rows
@@ -159,7 +181,7 @@ class _Attention:
         if not self.has_sinks:
             return jnp.full(head.shape, _MASKED, jnp.float32), jnp.zeros(head.shape, jnp.float32)
         real = real & here
-        return triton.load(sinks.at[head], mask=real, other=_MASKED), jnp.where(real, 1.0, 0.0)
+        return triton.load(sinks.at[head], mask=real, other=_MASKED), real.astype(jnp.float32)
 
     def _load(self, ref, place, real):
         """Rows `place` of a flat array, `[places, width]`; zeros where not real."""

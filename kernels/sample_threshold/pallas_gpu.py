@@ -24,40 +24,40 @@ def sample_threshold(scaled, top_k, top_p, min_p, *, interpret=False):
     """See the package."""
     rows, vocab = scaled.shape
     one_a_row = lambda dtype: jax.ShapeDtypeStruct((rows,), dtype)  # noqa: E731
-    value, ties = pl.pallas_call(
+    value, ties, end = pl.pallas_call(
         functools.partial(_kernel, block=min(_BLOCK, pl.next_power_of_2(vocab))),
-        out_shape=(one_a_row(jnp.float32), one_a_row(jnp.int32)),
+        out_shape=(one_a_row(jnp.float32), one_a_row(jnp.int32), one_a_row(jnp.int32)),
         grid=(rows,),
         compiler_params=None if interpret else plt.CompilerParams(num_warps=8, num_stages=2),
         interpret=interpret,
         name="sample_threshold",
     )(scaled, top_k, top_p, min_p)
-    return Threshold(value, ties)
+    return Threshold(value, ties, end)
 
 
-def _kernel(scaled_ref, top_k_ref, top_p_ref, min_p_ref, value_ref, ties_ref, *, block):
+def _kernel(scaled_ref, top_k_ref, top_p_ref, min_p_ref, value_ref, ties_ref, end_ref, *, block):
     row = pl.program_id(0)
     vocab = scaled_ref.shape[1]
     top_k, top_p, min_p = top_k_ref[row], top_p_ref[row], min_p_ref[row]
 
     def over_row(fold, start):
-        """`fold(state, logits)` over the row's blocks; columns past its end are -inf."""
+        """`fold(state, logits, column)` over the row's blocks; columns past its end are -inf."""
 
         def turn(i, state):
             column = i * block + jnp.arange(block)
             at = scaled_ref.at[row, pl.ds(i * block, block)]
-            return fold(state, plt.load(at, mask=column < vocab, other=-jnp.inf))
+            return fold(state, plt.load(at, mask=column < vocab, other=-jnp.inf), column)
 
         return jax.lax.fori_loop(0, pl.cdiv(vocab, block), turn, start)
 
-    highest = over_row(lambda state, logits: jnp.maximum(state, jnp.max(logits)), jnp.float32(-jnp.inf))
+    highest = over_row(lambda state, logits, _: jnp.maximum(state, jnp.max(logits)), jnp.float32(-jnp.inf))
     base = jnp.where(highest > -jnp.inf, highest, 0.0)
     top = order_of(highest)
 
     def counts(orders, *, mass):
         """For each threshold the number of logits at or above it, or their weight."""
 
-        def fold(state, logits):
+        def fold(state, logits, _):
             order = order_of(logits)
             each = jnp.exp(logits - base) if mass else jnp.ones(logits.shape, jnp.int32)
             return tuple(total + jnp.sum(jnp.where(order >= t, each, 0)) for total, t in zip(state, orders))
@@ -105,7 +105,7 @@ def _kernel(scaled_ref, top_k_ref, top_p_ref, min_p_ref, value_ref, ties_ref, *,
     needed = jnp.clip(needed, 1.0, most.astype(jnp.float32)).astype(jnp.int32)
     at, ties = jnp.where(massed, cut, at), jnp.where(massed, needed, ties)
 
-    def least_likely_enough(state, logits):
+    def least_likely_enough(state, logits, _):
         weights = jnp.exp(logits - base)
         enough = (weights >= jnp.minimum(min_p, 1.0)) & (weights > 0)
         return jnp.minimum(state, jnp.min(jnp.where(enough, order_of(logits), HIGHEST)))
@@ -115,7 +115,28 @@ def _kernel(scaled_ref, top_k_ref, top_p_ref, min_p_ref, value_ref, ties_ref, *,
     higher = (min_p > 0) & (least > at) & (least < HIGHEST)
     at, ties = jnp.where(higher, least, at), jnp.where(higher, from_least - beyond_least, ties)
 
-    finite, over = counts([lowest + 1, at + 1], mass=False)
+    finite, from_at, over = counts([lowest + 1, at, at + 1], mass=False)
     everything = (at <= lowest) | (over + ties == finite)
+    ties = jnp.where(everything, 0, ties)
     value_ref[row] = jnp.where(everything, -jnp.inf, of_order(at))
-    ties_ref[row] = jnp.where(everything, 0, ties)
+    ties_ref[row] = ties
+    end_ref[row] = _end_of_ties(over_row, at, ties, from_at - over, vocab)
+
+
+def _end_of_ties(over_row, at, ties, equal, vocab):
+    """The column before which the first `ties` of the `equal` logits of order `at` lie."""
+
+    def turn(state):
+        low, high = state  # of the columns before `low` no more than `ties` count, of those before `high` + 1 more do
+        middle = low + ((high - low + 1) >> 1)
+
+        def fold(total, logits, column):
+            return total + jnp.sum(jnp.where((order_of(logits) == at) & (column < middle), jnp.int32(1), jnp.int32(0)))
+
+        few = over_row(fold, jnp.int32(0)) <= ties
+        return jnp.where(few, middle, low), jnp.where(few, high, middle - 1)
+
+    # Mostly all or none of them stay, and there is nothing to search.
+    high = jnp.where(ties > 0, jnp.int32(vocab), jnp.int32(0))
+    low = jnp.where(ties < equal, jnp.int32(0), high)
+    return jax.lax.while_loop(lambda state: state[0] < state[1], turn, (low, high))[0]

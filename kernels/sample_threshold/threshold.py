@@ -13,11 +13,13 @@ LOWEST, HIGHEST = -0x7F800000, 0x7F800000
 class Threshold(NamedTuple):
     """Token i of a row survives if `scaled[i] > value`, or if they are equal and i is among the first `ties` such ids.
 
-    `value` is -inf, with no ties, where every finite token survives.
+    `value` is -inf, with no ties, where every finite token survives. `end` is the id before which the surviving equal
+    ones lie, where an implementation knows it; None leaves it to be found.
     """
 
     value: Float[Array, " rows"]
     ties: Int[Array, " rows"]
+    end: Int[Array, " rows"] | None = None
 
 
 def order_of(x: Float[Array, "..."]) -> Int[Array, "..."]:

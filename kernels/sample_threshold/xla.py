@@ -98,6 +98,8 @@ def kept(scaled, threshold):
     above = scaled > value
     equal = scaled == value
     column = jnp.arange(scaled.shape[1])
+    if threshold.end is not None:
+        return above | (equal & (column < threshold.end[:, None]))
 
     def cut_through():
         last = bisect(

@@ -1,4 +1,4 @@
-"""What goes row by row: norms and rotation of heads, thresholds of sampling."""
+"""What goes row by row: norms, norms and rotation of heads, thresholds of sampling."""
 
 import functools
 
@@ -7,11 +7,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels import platforms
+from kernels import rms_norm as rms_norm_package
 from kernels import rms_norm_rope as rms_norm_rope_package
 from kernels import sample_threshold as sample_threshold_package
+from kernels.rms_norm import rms_norm
 from kernels.rms_norm_rope import rms_norm_rope
 from kernels.sample_threshold import kept, sample_threshold
 from launch.kernel_benchmark.case import Case, Cases, Scale, forms_of, nbytes, normal
+
+
+def rms_norm_cases(scale: Scale) -> Cases:
+    """Rows of Qwen2.5-0.5B's hidden states, and of an 8B model's at full scale."""
+    yield _rms_norm(5, 100, timed=False)
+    for rows in (32, 512) if scale == "default" else (64, 4096):
+        yield _rms_norm(rows, 896 if scale == "default" else 4096)
+
+
+def _rms_norm(rows, features, timed=True):
+    rng = np.random.default_rng(0)
+    dtype = jnp.float32 if platforms.platform() == "cpu" else jnp.bfloat16
+    x, weight = normal(rng, rows, features, dtype=dtype), normal(rng, features, dtype=dtype)
+    call = lambda x, weight, implementation: rms_norm(x, weight, eps=1e-6, implementation=implementation)  # noqa: E731
+    forms = forms_of(rms_norm_package, call, [(x, weight)], 2 * nbytes(x) + nbytes(weight))
+    reference = functools.partial(call, x, weight, implementation="ref")
+    return Case("rms_norm", f"{rows} x {features}", forms, reference, timed)
 
 
 def rms_norm_rope_cases(scale: Scale) -> Cases:

@@ -1,11 +1,11 @@
-"""Dense products: `x @ w`, plain and packed."""
+"""Dense products: `x @ w`, plain, stacked and packed."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kernels import platforms
-from kernels.matmul import available, matmul, pack
+from kernels.matmul import StackedWeight, available, matmul, pack
 from launch.kernel_benchmark.case import COLD_BYTES, Case, Cases, Form, Scale, normal
 
 # What Qwen2.5-0.5B multiplies by; then Llama 3 8B.
@@ -17,9 +17,11 @@ ROWS: dict[Scale, list[int]] = {"default": [1, 8, 32, 256], "full": [1, 16, 64, 
 
 
 def cases(shapes: list[tuple[int, int]], rows: list[int]) -> Cases:
-    """Forms: "xla" a plain matrix, "cpu" the compiled kernel with packed ones, each in two dtypes."""
+    """Forms: "xla" a plain matrix, "cpu" the compiled kernel with packed ones, in two dtypes on a CPU; "pallas_gpu" a
+    matrix of a stack.
+    """
     on_cpu = platforms.platform() == "cpu"
-    dtypes = [jnp.float32, jnp.bfloat16]
+    dtypes = [jnp.float32, jnp.bfloat16] if on_cpu else [jnp.bfloat16]
     rng = np.random.default_rng(0)
     yield _case(rng, 37, 130, [5], dtypes, on_cpu, timed=False)[0]
     for depth, columns in shapes:
@@ -38,6 +40,9 @@ def _case(rng, depth, columns, rows, dtypes, on_cpu, timed=True):
             weights["xla" + name] = [w.astype(dtype) for w in plain]
         if on_cpu and available():
             weights["cpu" + name] = [pack(w, dtype) for w in plain]
+        if not platforms.why_not("pallas_gpu"):
+            stack = StackedWeight(jnp.stack(plain).astype(dtype))
+            weights["pallas_gpu" + name] = [stack.at_layer(i) for i in range(count)]
     found = []
     for n in rows:
         x = normal(rng, n, depth)

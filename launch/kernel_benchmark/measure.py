@@ -12,19 +12,25 @@ from launch.kernel_benchmark.case import Case, Form
 
 Row = dict[str, Any]
 
+# Calls that an accelerator is asked for together.
+_AT_ONCE = 20
+
 
 def copy_bandwidth() -> float:
     """Bytes per second, read plus written, of a copy too large for any cache, on all that XLA takes."""
     on_cpu = platforms.platform() == "cpu"
-    size = 48 << 20 if on_cpu else 1 << 30  # on a CPU short enough to catch a quiet moment
+    # On a CPU short enough to catch a quiet moment; an accelerator is given several at once.
+    size, at_once = (48 << 20, 1) if on_cpu else (2 << 30, _AT_ONCE)
     source = jnp.zeros(size // 4, jnp.float32)
     copy = jax.jit(lambda to, x: to.at[:].set(x + 1), donate_argnums=0)
     to, least = jnp.zeros_like(source), float("inf")
-    for _ in range(80):
+    for _ in range(80 if on_cpu else 10):
         to.block_until_ready()
         start = time.perf_counter()
-        to = copy(to, source).block_until_ready()
-        least = min(least, time.perf_counter() - start)
+        for _ in range(at_once):
+            to = copy(to, source)
+        to.block_until_ready()
+        least = min(least, (time.perf_counter() - start) / at_once)
     return 2 * size / least
 
 
@@ -49,22 +55,22 @@ def rows_of(case: Case, seconds: float, copy_bytes_per_s: float) -> Iterator[Row
 def least_seconds(forms: dict[str, Form], seconds: float) -> dict[str, float]:
     """The least time of one call of each form. Forms take turns, so that a busy machine disturbs all alike, and so do
     the inputs, so that they come from memory.
+
+    An accelerator is asked for several calls before it is waited for: the asking takes longer than the shortest of
+    them, whose times it then is.
     """
-    # An accelerator is asked for several calls at once, since the asking takes longer than some of them.
-    at_once = 1 if platforms.platform() == "cpu" else 10
+    at_once = 1 if platforms.platform() == "cpu" else _AT_ONCE
     inputs = {name: [list(some) for some in form.inputs] for name, form in forms.items()}
     least = dict.fromkeys(forms, float("inf"))
     turn, deadline = 0, time.perf_counter() + seconds
     while turn < 3 or time.perf_counter() < deadline:
         for name, form in forms.items():
             start = time.perf_counter()
-            for _ in range(at_once):
-                some = inputs[name][turn % len(inputs[name])]
-                result = form.function(*some)
+            for i in range(at_once):
+                result = form.function(*inputs[name][(turn + i) % len(inputs[name])])
                 if form.carried:
                     for others in inputs[name]:
                         others[0] = result
-                turn += 1 if at_once > 1 else 0
             jax.block_until_ready(result)
             least[name] = min(least[name], (time.perf_counter() - start) / at_once)
         turn += 1

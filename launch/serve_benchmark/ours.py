@@ -17,12 +17,9 @@ from jaxstack.engine.runner import Launched
 from jaxstack.models.checkpoint import load_decoder, save_decoder
 from jaxstack.models.decoder import Decoder, DecoderConfig
 from jaxstack.models.hf_config import config_from_folder
-from jaxstack.models.rope import RopeConfig
 from jaxstack.models.tokenizer import Tokenizer
 from jaxstack.serving import BackgroundServer
 from launch.serve_benchmark.workload import Requests, Workload
-
-FULL_LAYERS, FULL_VOCABULARY = 24, 151_936
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,35 +40,6 @@ class Measured:
     tokens: list[list[int]]
     timings: tuple[RequestTiming, ...] = ()
     steps: tuple[tuple[int, int], ...] = ()
-
-
-def model_config(layers: int = FULL_LAYERS, vocab_size: int = FULL_VOCABULARY) -> DecoderConfig:
-    """The shape of Qwen2.5-0.5B, with fewer layers or tokens if asked."""
-    return DecoderConfig(
-        architecture="Qwen2ForCausalLM",
-        vocab_size=vocab_size,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_layers=layers,
-        num_heads=14,
-        num_kv_heads=2,
-        head_dim=64,
-        rms_norm_eps=1e-6,
-        rope=RopeConfig(theta=1e6),
-        max_position_embeddings=32_768,
-        tie_word_embeddings=True,
-        qkv_bias=True,
-    )
-
-
-def scale_of(config: DecoderConfig) -> str:
-    """What was cut from the full model, in words."""
-    if (config.num_layers, config.vocab_size) == (FULL_LAYERS, FULL_VOCABULARY):
-        return "Qwen2.5-0.5B shape, whole"
-    return (
-        f"Qwen2.5-0.5B shape, all widths, {config.num_layers} of {FULL_LAYERS} layers, "
-        f"vocabulary {config.vocab_size} of {FULL_VOCABULARY}"
-    )
 
 
 def model_folder(workdir: Path, config: DecoderConfig, seed: int) -> Path:

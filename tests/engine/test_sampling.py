@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxstack.engine import sampling
 from jaxstack.engine.logit_rules import PROCESSED, RecordLayout, RowParams, words
 from jaxstack.engine.sampling import _inverse_cdf, _kept, sample
 
@@ -23,13 +24,24 @@ def params(rows, *, seed=0, position=None, logprobs=0, **given):
     )
 
 
-def draw(logits, params):
+def draw(logits, params, program=None, **options):
     """Rows without any rule."""
     rows, vocab = logits.shape
-    return jitted(logits, params, RecordLayout(1, vocab).new_state(1), jnp.zeros((rows, words(vocab)), jnp.int32))
+    state, grammar = RecordLayout(1, vocab).new_state(1), jnp.zeros((rows, words(vocab)), jnp.int32)
+    return (program or jitted)(logits, params, state, grammar, **options)
 
 
-jitted = jax.jit(sample)
+jitted = jax.jit(sample, static_argnames="kind")
+on_gpu = jax.jit(lambda *arguments: sample(*arguments))
+
+
+@pytest.fixture(params=[False, True], ids=["branches", "none"])
+def drawn(request, monkeypatch):
+    """`draw` as it is here, and in the form without branches that a GPU gets."""
+    if not request.param:
+        return draw
+    monkeypatch.setattr(sampling, "platform", lambda: "gpu")
+    return lambda *arguments: draw(*arguments, on_gpu)
 
 
 def allowed(logits, temperature, top_k, top_p, min_p=0.0):
@@ -62,7 +74,7 @@ def allowed(logits, temperature, top_k, top_p, min_p=0.0):
         (300, 0.9, 0.01, 1.0, 700),
     ],
 )
-def test_frequencies_match_the_sorted_distribution(top_k, top_p, min_p, temperature, vocab):
+def test_frequencies_match_the_sorted_distribution(top_k, top_p, min_p, temperature, vocab, drawn):
     rng = np.random.default_rng(vocab + top_k)
     logits = rng.normal(0, 1.0, vocab).astype(np.float32)
     expected = allowed(logits, temperature, top_k, top_p, min_p)
@@ -71,7 +83,7 @@ def test_frequencies_match_the_sorted_distribution(top_k, top_p, min_p, temperat
     for seed in range(rounds):
         tiled = jnp.tile(jnp.asarray(logits), (rows, 1))
         asked = params(rows, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-        out = draw(tiled, asked)
+        out = drawn(tiled, asked)
         counts += np.bincount(np.asarray(out.token), minlength=vocab)
     total = rows * rounds
     assert counts[expected == 0].sum() == 0
@@ -110,7 +122,7 @@ def test_greedy_takes_the_lowest_id_among_equals():
     assert np.asarray(draw(logits, params(3, temperature=0.0)).token).tolist() == [0, 40, 99]
 
 
-def test_a_row_does_not_depend_on_its_batch():
+def test_a_row_does_not_depend_on_its_batch(drawn):
     rng = np.random.default_rng(0)
     logits = jnp.asarray(rng.normal(0, 3, (8, 1000)).astype(np.float32))
     mixed = params(8)._replace(
@@ -119,17 +131,26 @@ def test_a_row_does_not_depend_on_its_batch():
         top_p=jnp.array([1, 0.9, 1, 0.99, 0.2, 0.97, 1, 0.5], jnp.float32),
         min_p=jnp.array([0, 0, 0.1, 0, 0, 0.001, 0.3, 0], jnp.float32),
     )
-    together = np.asarray(draw(logits, mixed).token)
+    together = np.asarray(drawn(logits, mixed).token)
     for i in range(8):
         one = RowParams(*(x[i : i + 1] if x.ndim else x for x in mixed))
-        assert int(draw(logits[i : i + 1], one).token[0]) == together[i]
+        assert int(drawn(logits[i : i + 1], one).token[0]) == together[i]
+
+
+def test_what_is_known_beforehand_changes_no_token():
+    logits = jnp.asarray(np.random.default_rng(0).normal(0, 3, (8, 1000)).astype(np.float32)).at[3].set(jnp.nan)
+    mixed = params(8, top_p=0.9)._replace(temperature=jnp.array([0, 1, 1, 0.5, 2, 1, 0, 1.0], jnp.float32))
+    for asked, kinds in ((mixed, ["plain"]), (params(8, temperature=0.0), ["plain", "greedy"])):
+        wanted = draw(logits, asked)
+        for kind in kinds:
+            np.testing.assert_array_equal(draw(logits, asked, kind=kind).token, wanted.token)
 
 
 @pytest.mark.parametrize("vocab", [40, 700])
-def test_a_single_possible_token_is_drawn_whatever_the_filters(vocab):
+def test_a_single_possible_token_is_drawn_whatever_the_filters(vocab, drawn):
     logits = jnp.full((2, vocab), -jnp.inf).at[0, 7].set(-1e30).at[1, vocab - 1].set(1e30)
     for filters in ({}, {"top_p": 1e-6}, {"top_k": vocab}, {"min_p": 1.0}, {"top_k": 1}, {"temperature": 0.0}):
-        assert np.asarray(draw(logits, params(2, **filters)).token).tolist() == [7, vocab - 1]
+        assert np.asarray(drawn(logits, params(2, **filters)).token).tolist() == [7, vocab - 1]
 
 
 def test_no_row_is_ever_sorted_whole():

@@ -11,10 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lowering import GPUS, TRITON, lowered_text
 
 import kernels.matmul as matmul_package
 from kernels import build
-from kernels.matmul import PackedWeight, available, cpu, matmul, pack, pack_transposed, why_not
+from kernels.matmul import (
+    PackedWeight,
+    StackedWeight,
+    available,
+    cpu,
+    matmul,
+    pack,
+    pack_transposed,
+    pallas_gpu,
+    why_not,
+)
 from kernels.native import NativeKernel
 
 needs_kernel = pytest.mark.skipif(not available(), reason=f"the compiled kernel: {why_not()}")
@@ -354,3 +365,62 @@ def test_a_packed_weight_is_a_pytree():
     assert len(jax.tree.leaves(packed.at_layer(0))) == 2
     assert isinstance(jax.tree.map(lambda leaf: leaf, packed), PackedWeight)
     assert packed.panels.shape[-1] == matmul_package.PANEL_COLUMNS
+
+
+# Tiles that reach over every edge, and K in pieces of which the last are empty.
+SMALL_TILES = [pallas_gpu.Tile(16, 32, 16, 1, 4, 2), pallas_gpu.Tile(16, 64, 32, 4, 4, 2)]
+STACKED_FORMS = [(None, None), ("ref", None), ("xla", None), ("interpret", None)]
+STACKED_FORMS += [("interpret", tile) for tile in SMALL_TILES]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("form", "tile"), STACKED_FORMS, ids=str)
+def test_one_of_a_stack(form, tile, dtype, monkeypatch):
+    if tile is not None:
+        monkeypatch.setattr(pallas_gpu, "tile_for", lambda *_: tile)
+
+    @jax.jit
+    def product(x, w, bias, layer):
+        weight = StackedWeight(w).at_layer(layer)
+        return matmul(x, weight, bias, out_dtype=jnp.float32, implementation=form)
+
+    rng = np.random.default_rng(6)
+    for rows, depth, columns in [(1, 7, 5), (21, 70, 130)]:
+        w = normal(rng, 3, depth, columns, dtype=dtype)
+        x, bias = normal(rng, rows, depth, dtype=dtype), normal(rng, columns)
+        for layer in (0, 2):
+            assert_close(product(x, w, bias, layer), x, w[layer], bias)
+    assert product(x.reshape(3, 7, 70), w, bias, 1).shape == (3, 7, 130)
+
+
+def test_a_stack_that_does_not_fit_is_named():
+    x, stack = jnp.zeros((2, 7)), StackedWeight(jnp.zeros((3, 7, 5)))
+    with pytest.raises(ValueError, match=r"stack of shape \(3, 7, 5\); choose a matrix"):
+        matmul(x, stack)
+    with pytest.raises(ValueError, match=r"x of shape \(2, 6\) does not fit a weight of shape \(7, 5\)"):
+        matmul(x[:, 1:], stack.at_layer(0))
+    for plain in (jnp.zeros((7, 5)), pack(np.zeros((7, 5), np.float32))):
+        with pytest.raises(ValueError, match="implementation='interpret' takes a StackedWeight"):
+            matmul(x, plain, implementation="interpret")
+    with pytest.raises(ValueError, match="expected numbers in both"):
+        matmul(x[:0], stack.at_layer(0), implementation="interpret")
+    assert matmul(x[:0], stack.at_layer(0)).shape == (0, 5)
+
+
+@pytest.mark.parametrize("device", GPUS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lowers_for_accelerators(device, dtype):
+    for rows, depth, columns in [(64, 4096, 28672), (1, 14336, 4096), (300, 37, 130)]:
+        x, w = jax.ShapeDtypeStruct((rows, depth), dtype), jax.ShapeDtypeStruct((9, depth, columns), dtype)
+        text = lowered_text(lambda x, w: matmul(x, StackedWeight(w).at_layer(2)), x, w, device=device)
+        assert text.count(TRITON) == 1
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_tiles_fit_a_multiprocessor(itemsize):
+    for rows in (1, 16, 17, 64, 65, 128, 129, 8192):
+        for depth, columns in [(4096, 28672), (14336, 4096), (4096, 6144), (8, 8), (896, 151936)]:
+            tile = pallas_gpu.tile_for(rows, depth, columns, itemsize)
+            assert tile.shared_bytes(itemsize) <= 227 << 10
+            assert tile.rows * tile.columns <= 128 * 256  # float32 sums, in the registers of two warpgroups
+            assert tile.splits == 1 or tile.splits * tile.depth <= depth

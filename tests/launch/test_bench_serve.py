@@ -27,7 +27,8 @@ from launch.serve_benchmark.agreement import NEAR_TIE, Agreement, PlainForward, 
 from launch.serve_benchmark.contest import Contest, PeerMode, Progress, Run, fastest
 from launch.serve_benchmark.machine import LoadMeter, describe
 from launch.serve_benchmark.matmul_limit import MatmulTimes
-from launch.serve_benchmark.ours import Measured, model_config, number_tokenizer, scale_of
+from launch.serve_benchmark.ours import Measured, number_tokenizer
+from launch.serve_benchmark.shapes import model_config, scale_of
 from launch.serve_benchmark.workload import Workload
 
 # A peer without a model: request i is answered with the token i, `slow` pretends to take longer, and stdout is noisy.

@@ -15,7 +15,7 @@ from jaxstack.models.hf_names import flat_params
 from jaxstack.models.rope import rotate, rotation
 from jaxstack.models.serving_layout import fuse_for_serving
 from jaxstack.runtime.errors import UserError
-from kernels.matmul import PackedWeight
+from kernels.matmul import PackedWeight, StackedWeight
 
 CONFIG = DecoderConfig(
     architecture="Qwen3ForCausalLM",
@@ -186,7 +186,7 @@ def test_serving_layout_gives_the_same_logits(pack, tied):
 
     attention = fused.layers.self_attn
     assert attention.q_proj is attention.k_proj is attention.v_proj is None
-    assert isinstance(attention.qkv_proj.kernel.get_value(), PackedWeight) == pack
+    assert isinstance(attention.qkv_proj.kernel.get_value(), PackedWeight if pack else StackedWeight)
     assert (fused.lm_head is None) == (tied and not pack)
 
     fuse_for_serving(decoder, pack=pack, consume=True)

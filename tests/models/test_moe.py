@@ -11,10 +11,11 @@ from flax import nnx
 from jaxstack.models import Decoder, DecoderConfig, MoeConfig, dense_attention
 from jaxstack.models.attention import FULL_WINDOW, LayerContext
 from jaxstack.models.hf_names import flat_params
-from jaxstack.models.moe import ExpertStack, Moe, route
+from jaxstack.models.moe import Moe, route
 from jaxstack.models.rope import rotation
 from jaxstack.models.serving_layout import fuse_for_serving
 from jaxstack.runtime.errors import UserError
+from kernels.matmul import StackedWeight
 
 CONFIG = DecoderConfig(
     architecture="Qwen3MoeForCausalLM",
@@ -151,7 +152,7 @@ def test_serving_layout_gives_the_same_logits(decoder, pack):
     np.testing.assert_allclose(logits_of(fused), expected, atol=1e-4)
     np.testing.assert_array_equal(logits_of(decoder), expected)  # the original is still whole
     assert fused.layers.moe.gate_proj is None
-    assert isinstance(fused.layers.moe.gate_up_proj.kernel.get_value(), ExpertStack)
+    assert isinstance(fused.layers.moe.gate_up_proj.kernel.get_value(), StackedWeight)
 
 
 def test_a_step_that_trains_reaches_every_parameter(decoder):

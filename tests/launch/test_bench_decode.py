@@ -1,0 +1,54 @@
+"""bench_decode as a user runs it, and what it counts."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from jaxstack.models.decoder import Decoder
+from jaxstack.models.serving_layout import fuse_for_serving
+from launch.bench_decode import Setting, weight_bytes
+from launch.serve_benchmark.shapes import llama8b, model_config
+
+
+def test_a_run_gives_both_figures():
+    flags = ["--layers=1", "--rows=2", "--context=40", "--page_size=16", "--steps=2"]
+    command = [sys.executable, "-m", "launch.bench_decode", *flags]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.strip().splitlines()[-1])
+    assert found["recompilations"] == 0 and found["layers"] == 1
+    for part in ("program", "engine"):
+        for kind in ("greedy", "sampled"):
+            ms, rate = found[f"{part}_{kind}_ms"], found[f"{part}_{kind}_tokens_per_s"]
+            assert ms > 0 and rate == pytest.approx(2e3 / ms, rel=0.01)
+    expected = found["step_gb"] / found["copy_gb_per_s"] / found["program_greedy_ms"] * 1e3
+    assert found["program_greedy_share_of_roofline"] == pytest.approx(expected, rel=0.02)
+
+
+def test_a_context_beyond_the_model_is_refused():
+    command = [sys.executable, "-m", "launch.bench_decode", "--shape=llama8b", "--context=8000"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1
+    assert "--context: found 8000 tokens" in run.stderr and "expected at most 8192" in run.stderr
+
+
+def test_bytes_of_a_step():
+    """Of Llama 3 8B: all weights but the embedding; 128 KiB a token in bfloat16."""
+    config = llama8b()
+    sizes = {str(p): x.size for p, x in jax.tree.leaves_with_path(nnx.state(Decoder.abstract(config)))}
+    assert sum(sizes.values()) == 8_030_261_248  # as the model's card says
+    setting = Setting(config, rows=2, context=100, page_size=64, steps=2)
+    itemsize = 4 if jax.default_backend() == "cpu" else 2
+    assert setting.context_bytes(100) == 200 * (128 << 10) * itemsize // 2
+
+    small = model_config(1, 640)
+    decoder = Decoder(small, rngs=nnx.Rngs(0), param_dtype=jnp.float32)
+    table = 640 * 896 * 4
+    whole = sum(x.nbytes for x in jax.tree.leaves(nnx.state(decoder)))
+    assert weight_bytes(fuse_for_serving(decoder, pack=False)) == whole  # the table is the output matrix
+    assert whole <= weight_bytes(fuse_for_serving(decoder, pack=True)) < whole + table // 8  # panels may be padded
