@@ -309,14 +309,15 @@ class Engine:
         priority: int = 0,
         timeout_s: float | None = None,
         adapter: str | None = None,
+        whole: bool = False,
     ) -> AsyncIterator[Delta]:
         """The pieces of an answer as they are made, until every choice has finished. Needs `start`.
 
-        Closing the iterator early aborts the request. Raises as `submit` does, and EngineDead if the engine dies
-        underway.
+        With `whole` they come only when a choice has ended, for a reader that wants nothing earlier. Closing the
+        iterator early aborts the request. Raises as `submit` does, and EngineDead if the engine dies underway.
         """
         sampling = sampling or SamplingParams()
-        feed = Feed(asyncio.get_running_loop(), self._driver.touched)
+        feed = Feed(asyncio.get_running_loop(), self._driver.touched, whole=whole)
         name = self.submit(
             prompt,
             sampling,

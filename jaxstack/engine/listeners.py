@@ -53,15 +53,24 @@ class Collector:
 
 
 class Feed:
-    """Listener of `stream`: carries pieces to an event loop. The engine never waits for a slow reader."""
+    """Listener of `stream`: carries pieces to an event loop. The engine never waits for a slow reader.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, touched: "Touched"):
-        self._loop, self._touched = loop, touched
+    Args:
+      whole: hold pieces back until a choice has ended: one awakening for each choice, and not for each token.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, touched: "Touched", *, whole: bool = False):
+        self._loop, self._touched, self._whole = loop, touched, whole
+        self._held: list[Delta] = []
         self._pieces: collections.deque[Delta] = collections.deque()
         self.ready = asyncio.Event()
 
     def __call__(self, delta: Delta) -> None:
-        self._pieces.append(delta)
+        self._held.append(delta)
+        if self._whole and delta.finish_reason is None:
+            return
+        self._pieces.extend(self._held)
+        self._held.clear()
         self._touched.setdefault(self._loop, []).append(self)
 
     async def take(self) -> list[Delta]:

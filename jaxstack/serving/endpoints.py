@@ -96,8 +96,7 @@ class Endpoints:
 
     async def abort_all(self) -> None:
         """Ends everything that is being answered; clients get what there is."""
-        for generation in list(self._running):
-            await generation.abort()
+        await asyncio.gather(*(generation.abort() for generation in self._running))
 
     @contextlib.asynccontextmanager
     async def _generation(self, job: Job, *, whole: bool = False) -> AsyncIterator[Generation]:

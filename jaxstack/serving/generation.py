@@ -1,11 +1,13 @@
 """The running answers of one HTTP request, between the engine and a client that may be slow or gone.
 
-A pump task per prompt takes pieces from the engine as they come and merges what the client has not taken yet, choice by
-choice. So the engine never waits for a reader, and what a slow one leaves lying is no more than the text itself.
+A pump task per prompt takes pieces from the engine as they come (of a whole answer: at its end) and merges what the
+client has not taken yet, choice by choice. So the engine never waits for a reader, and what a slow one leaves lying is
+no more than the text itself.
 """
 
 import asyncio
 import dataclasses
+import uuid
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -36,8 +38,6 @@ class Piece:
         self.text += delta.text
         self.token_ids.extend(delta.token_ids)
         self.logprobs.extend(delta.logprobs)
-        self.timed_out = delta.finish_reason == "timeout"
-        self.finish_reason = "length" if self.timed_out else delta.finish_reason
         self.stop_reason = delta.stop_reason
 
 
@@ -82,7 +82,8 @@ class Generation:
         self._whole = whole
         self._engine, self._prompts, self._sampling = engine, prompts, sampling
         self._timeout_s, self._adapter, self._priority = timeout_s, adapter, priority
-        self._timed_out = False
+        self._timed_out = self._late = False
+        self._names = [f"http-{uuid.uuid4().hex}" for _ in prompts]
         self._open = set(range(len(prompts) * sampling.n))
         self._untaken: dict[int, Piece] = {}
         self._cached = [0] * len(prompts)
@@ -128,12 +129,11 @@ class Generation:
                 pass
         if self._error is not None:
             raise self._error
-        late = self._deadline is not None and asyncio.get_running_loop().time() >= self._deadline
-        if (self._timed_out or late) and self.usage.completion_tokens == 0:
+        if self._deadline is not None and asyncio.get_running_loop().time() >= self._deadline:
+            self._late = True
+            await self.abort()
+        if self._timed_out and self.usage.completion_tokens == 0:
             raise ApiError(408, f"the time of {self._timeout_s} s was over before the first token", code="timeout")
-        if late:
-            await self._stop_pumps()
-            self._close_choices("length", timed_out=True)
         self._something.clear()
         pieces, self._untaken = list(self._untaken.values()), {}
         for piece in pieces:
@@ -144,20 +144,26 @@ class Generation:
 
     async def abort(self) -> None:
         """Ends every open choice with finish_reason "abort"; what came before stays."""
+        for name in self._names:
+            self._engine.abort(name)
+        await asyncio.wait(self._pumps, timeout=_GRACE_S)  # the engine hands out what it has; or it is stuck
         await self._stop_pumps()
-        self._close_choices("abort")
+        for choice in sorted(self._open):
+            piece = self._untaken.setdefault(choice, Piece(choice))
+            self._finish(piece, "abort")
+        self._open.clear()
+        self._something.set()
 
     async def _stop_pumps(self) -> None:
         for pump in self._pumps:
             pump.cancel()
         await asyncio.gather(*self._pumps, return_exceptions=True)
 
-    def _close_choices(self, reason: str, *, timed_out: bool = False) -> None:
-        for choice in sorted(self._open):
-            piece = self._untaken.setdefault(choice, Piece(choice))
-            piece.finish_reason, piece.timed_out = reason, timed_out
-        self._open.clear()
-        self._something.set()
+    def _finish(self, piece: Piece, reason: str | None) -> None:
+        """Says how a choice ended; if by the clock, as if its length had been reached."""
+        piece.timed_out = reason == "timeout" or (self._late and reason == "abort")
+        piece.finish_reason = "length" if piece.timed_out else reason
+        self._timed_out = self._timed_out or piece.timed_out
 
     async def _pump(self, which: int) -> None:
         first = which * self._sampling.n
@@ -166,6 +172,8 @@ class Generation:
             async for delta in self._engine.stream(
                 self._prompts[which],
                 self._sampling,
+                self._names[which],
+                whole=self._whole,
                 adapter=self._adapter,
                 priority=self._priority,
                 timeout_s=self._timeout_s,
@@ -180,12 +188,12 @@ class Generation:
         if piece is None:
             piece = self._untaken[choice] = Piece(choice)
         piece.add(delta)
+        self._finish(piece, delta.finish_reason)
         self.usage.completion_tokens += len(delta.token_ids) + delta.discarded_tokens
         self.usage.cached_tokens += delta.cached_tokens - self._cached[which]
         self._cached[which] = delta.cached_tokens
         if delta.prompt_logprobs is not None:
             self._prompt_logprobs[which] = delta.prompt_logprobs
-        self._timed_out = self._timed_out or piece.timed_out
         if delta.finish_reason == "error":
             self._error = self._error or ApiError(500, "the engine failed on this request", code="engine_error")
         if delta.finish_reason is not None:

@@ -55,7 +55,12 @@ class ScriptedEngine:
     def check_prompt(self, prompt: list[int], sampling: SamplingParams) -> list[int]:
         return prompt
 
-    async def stream(self, prompt: list[int], sampling: SamplingParams, **settings: Any) -> AsyncIterator[Delta]:
+    def abort(self, request_id: str) -> None:
+        pass  # it is stuck: the server ends what came so far by itself
+
+    async def stream(
+        self, prompt: list[int], sampling: SamplingParams, request_id: str, **settings: Any
+    ) -> AsyncIterator[Delta]:
         try:
             async for delta in self.script():
                 yield delta
