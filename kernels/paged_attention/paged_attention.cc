@@ -17,6 +17,7 @@
 #include <limits>
 #include <memory>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #if defined(__AVX512F__)
@@ -35,7 +36,7 @@ using Int = int32_t __attribute__((vector_size(64)));
 constexpr int64_t kLanes = 16;
 constexpr int64_t kTokens = 64;                   // tokens of a block
 constexpr int64_t kTokenVecs = kTokens / kLanes;  // registers for their scores
-constexpr int64_t kQueries = 4;                   // queries that share the loads of keys and values
+constexpr int64_t kMostQueries = 7;               // queries that share the loads of keys and values: their sums fill the registers
 constexpr int64_t kUnitQueries = 64;              // queries (rows x heads of a group) of a unit, at most, if a row has fewer
 
 struct Bf16 { uint16_t bits; };
@@ -62,6 +63,26 @@ inline void Store(Bf16* p, Vec v) {
 }
 inline Vec Splat(float a) { return a - Vec{}; }
 inline Vec Max(Vec a, Vec b) { return a > b ? a : b; }
+
+// All lanes of a vector by halves, down to four, which `join` takes as scalars: a fixed order.
+template <typename Join>
+inline float Reduce(Vec v, Join join) {
+  using Half = float __attribute__((vector_size(32)));
+  using Quarter = float __attribute__((vector_size(16)));
+  Half h[2];
+  std::memcpy(h, &v, sizeof h);
+  h[0] = join(h[0], h[1]);
+  Quarter q[2];
+  std::memcpy(q, h, sizeof q);
+  q[0] = join(q[0], q[1]);
+  return join(join(q[0][0], q[0][1]), join(q[0][2], q[0][3]));
+}
+inline float Highest(Vec v) {
+  return Reduce(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+inline float Sum(Vec v) {
+  return Reduce(v, [](auto a, auto b) { return a + b; });
+}
 
 // e^x for x <= 0, within 2 units in the last place; below -87 the result is 0. Cody-Waite reduction and a polynomial.
 inline Vec Exp(Vec x) {
@@ -154,10 +175,14 @@ struct Attention {
   std::vector<Unit> units;
   std::atomic<int64_t> next{0}, done{0};
 
+  // A unit is claimed while the one before it is computed, so that its first keys can be on their way by then.
   void Work() {
     static thread_local Scratch scratch;
     const int64_t n = static_cast<int64_t>(units.size());
-    for (int64_t i; (i = next.fetch_add(1)) < n; done.fetch_add(1)) Compute(units[i], scratch);
+    for (int64_t i = next.fetch_add(1), after; i < n; i = after, done.fetch_add(1)) {
+      after = next.fetch_add(1);
+      Compute(units[i], after < n ? &units[after] : nullptr, scratch);
+    }
   }
 
   // Waits only for units that a running thread has claimed, so calls side by side on a full pool cannot wait for each other.
@@ -168,8 +193,18 @@ struct Attention {
     }
   }
 
-  // Where the tokens of a block lie, key first and value right behind it, and has their way to the cache begin. Past the end of what
-  // is wanted the last token again: masked, but finite.
+  // Positions of a unit's first row, of the row behind its last, and of the first block that they see.
+  struct Span {
+    int64_t first, end, begin;
+  };
+  Span SpanOf(const Unit& unit) const {
+    // The rows of a sequence are its last tokens.
+    const int64_t first = kv_lens[unit.sequence] - (starts[unit.sequence + 1] - unit.first_row);
+    return {first, first + unit.rows, std::max<int64_t>(0, first - window + 1) / kTokens * kTokens};
+  }
+
+  // Where the tokens of a block lie, key first and value right behind it. Past the end of what is wanted the last token again: masked,
+  // but finite.
   void Find(const Unit& unit, int64_t base, int64_t end, const Cached** rows) const {
     const int64_t count = std::min(kTokens, end - base), stride = 2 * kv_heads * head_dim;
     const int32_t* table = tables + unit.sequence * table_pages + base / page_size;
@@ -183,24 +218,30 @@ struct Attention {
       }
       if (!page) page = kv + *table * page_size * stride + 2 * unit.kv_head * head_dim;
       rows[t] = page + slot * stride;
-      const char* bytes = reinterpret_cast<const char*>(rows[t]);
-      for (size_t b = 0; b < 2 * head_dim * sizeof(Cached); b += 64) __builtin_prefetch(bytes + b, 0, 2);
     }
     std::fill(rows + count, rows + kTokens, rows[count - 1]);
   }
 
-  void Compute(const Unit& unit, Scratch& s) const {
+  // Has the way of one key or value to the cache begin.
+  void Fetch(const Cached* vector) const {
+    const char* bytes = reinterpret_cast<const char*>(vector);
+    for (size_t b = 0; b < head_dim * sizeof(Cached); b += 64) __builtin_prefetch(bytes + b, 0, 2);
+  }
+
+  void Compute(const Unit& unit, const Unit* after, Scratch& s) const {
     const int64_t group = heads / kv_heads, dim = head_dim;
-    // Position of the unit's first row; the rows of a sequence are its last tokens.
-    const int64_t length = kv_lens[unit.sequence];
-    const int64_t first = length - (starts[unit.sequence + 1] - unit.first_row);
-    const int64_t end = first + unit.rows;
-    const int64_t begin = std::max<int64_t>(0, first - window + 1) / kTokens * kTokens;
-    // One block is on its way from memory while the block before it is worked on.
+    const auto [first, end, begin] = SpanOf(unit);
+    // One block is on its way from memory while the block before it is worked on: a little of it at a time, since the processor
+    // waits when too much is.
     const Cached* found[2][kTokens];
     Find(unit, begin, end, found[0]);
-    // Queries are padded to a multiple of kQueries with zeros, whose results nobody reads.
-    const int64_t n = unit.rows * group, padded = CeilDiv(n, kQueries) * kQueries;
+    // As many queries at a time as need the least padding, zeros whose results nobody reads; of several, the most.
+    const int64_t n = unit.rows * group;
+    int64_t together = kMostQueries;
+    for (int64_t fewer = together - 1; fewer > 0; --fewer) {
+      if (CeilDiv(n, fewer) * fewer < CeilDiv(n, together) * together) together = fewer;
+    }
+    const int64_t padded = CeilDiv(n, together) * together;
     s.query.assign(padded * dim, 0.0f);
     s.out.assign(padded * dim, 0.0f);
     s.scores.assign(padded * kTokens, 0.0f);
@@ -214,12 +255,21 @@ struct Attention {
     for (int64_t base = begin; base < end; base += kTokens) {
       const int64_t count = std::min(kTokens, end - base);
       const int64_t turn = (base - begin) / kTokens % 2;
-      const Cached* const* rows = found[turn];
-      if (base + kTokens < end) Find(unit, base + kTokens, end, found[1 - turn]);
+      const Cached *const *rows = found[turn], *const *coming = found[1 - turn];
+      if (base + kTokens < end) {
+        Find(unit, base + kTokens, end, found[1 - turn]);
+      } else if (after) {
+        const Span span = SpanOf(*after);
+        Find(*after, span.begin, span.end, found[1 - turn]);
+      } else {
+        coming = nullptr;
+      }
       for (int64_t t = 0; t < count; t += kLanes) {
         for (int64_t d = 0; d < dim; d += kLanes) Turn(rows + t, d, &s.keys[d * kTokens + t]);
       }
-      for (int64_t i = 0; i < padded; i += kQueries) Scores(&s.query[i * dim], s.keys.data(), &s.scores[i * kTokens]);
+      for (int64_t i = 0; i < padded; i += together) {
+        Together(together, [&](auto queries) { Scores<queries>(&s.query[i * dim], s.keys.data(), &s.scores[i * kTokens], i ? nullptr : coming); });
+      }
       if (softcap != 0.0f) Cap(s.scores.data(), padded * kTokens);
       for (int64_t i = 0; i < padded; ++i) {
         const int64_t position = first + std::min(i, n - 1) / group;
@@ -227,7 +277,9 @@ struct Attention {
         const int64_t to = std::clamp<int64_t>(position + 1 - base, 0, kTokens);
         Softmax(&s.scores[i * kTokens], from, to, s.top[i], s.total[i], &s.out[i * dim]);
       }
-      for (int64_t i = 0; i < padded; i += kQueries) AddValues(&s.scores[i * kTokens], rows, count, &s.out[i * dim]);
+      for (int64_t i = 0; i < padded; i += together) {
+        Together(together, [&](auto queries) { AddValues<queries>(&s.scores[i * kTokens], rows, count, &s.out[i * dim], i ? nullptr : coming); });
+      }
     }
     for (int64_t i = 0; i < n; ++i) {
       Query* to = out + Offset(unit, i);
@@ -255,14 +307,31 @@ struct Attention {
     for (int64_t i = 0; i < n; i += kLanes) Store(scores + i, Tanh(Load(scores + i) / softcap) * softcap);
   }
 
-  // kQueries rows of scores: query . key for all tokens of the block.
-  void Scores(const float* query, const float* keys, float* scores) const {
+  // Calls `run` with a number of queries that the compiler knows.
+  template <typename Function>
+  static void Together(int64_t queries, Function run) {
+    switch (queries) {
+      case 1: return run(std::integral_constant<int64_t, 1>());
+      case 2: return run(std::integral_constant<int64_t, 2>());
+      case 3: return run(std::integral_constant<int64_t, 3>());
+      case 4: return run(std::integral_constant<int64_t, 4>());
+      case 5: return run(std::integral_constant<int64_t, 5>());
+      case 6: return run(std::integral_constant<int64_t, 6>());
+      default: return run(std::integral_constant<int64_t, kMostQueries>());
+    }
+  }
+
+  // kQueries rows of scores: query . key for all tokens of the block. Meanwhile the keys of the coming block are fetched.
+  template <int64_t kQueries>
+  void Scores(const float* query, const float* keys, float* scores, const Cached* const* coming) const {
     Vec sum[kQueries][kTokenVecs] = {};
+    int64_t fetched = coming ? 0 : kTokens;
     for (int64_t d = 0; d < head_dim; ++d) {
+      for (; fetched < kTokens && fetched * head_dim <= d * kTokens; ++fetched) Fetch(coming[fetched]);
       Vec key[kTokenVecs];
 #pragma GCC unroll 4
       for (int64_t v = 0; v < kTokenVecs; ++v) key[v] = Load(keys + d * kTokens + v * kLanes);
-#pragma GCC unroll 4
+#pragma GCC unroll 7
       for (int64_t i = 0; i < kQueries; ++i) {
         const Vec x = Splat(query[i * head_dim + d]);
 #pragma GCC unroll 4
@@ -284,8 +353,7 @@ struct Attention {
     std::fill(scores + to, scores + kTokens, -std::numeric_limits<float>::infinity());
     Vec high = Load(scores);
     for (int64_t v = 1; v < kTokenVecs; ++v) high = Max(high, Load(scores + v * kLanes));
-    float higher = top;
-    for (int64_t lane = 0; lane < kLanes; ++lane) higher = std::max(higher, high[lane]);
+    const float higher = std::max(top, Highest(high));
     Vec sum = {};
     for (int64_t v = 0; v < kTokenVecs; ++v) {
       const Vec weight = Exp(Load(scores + v * kLanes) - higher);
@@ -293,9 +361,7 @@ struct Attention {
       sum += weight;
     }
     const float factor = Exp(Splat(top - higher))[0];
-    float fresh = 0.0f;
-    for (int64_t lane = 0; lane < kLanes; ++lane) fresh += sum[lane];
-    total = total * factor + fresh;
+    total = total * factor + Sum(sum);
     if (factor != 1.0f) {
       for (int64_t d = 0; d < head_dim; d += kLanes) Store(out + d, Load(out + d) * factor);
     }
@@ -303,28 +369,32 @@ struct Attention {
   }
 
   // out[i] += sum over tokens of weight * value, for kQueries queries, four registers of the head at a time.
-  // A value lies behind its key.
-  void AddValues(const float* weights, const Cached* const* rows, int64_t count, float* out) const {
+  // A value lies behind its key. Meanwhile the values of the coming block are fetched.
+  template <int64_t kQueries>
+  void AddValues(const float* weights, const Cached* const* rows, int64_t count, float* out, const Cached* const* coming) const {
     for (int64_t d = 0; d < head_dim; d += 4 * kLanes) {
+      if (d) coming = nullptr;
       const int64_t vecs = std::min<int64_t>(4, (head_dim - d) / kLanes);
-      vecs == 4 ? AddSlab<4>(weights, rows, count, out + d, head_dim + d)
-      : vecs == 3 ? AddSlab<3>(weights, rows, count, out + d, head_dim + d)
-      : vecs == 2 ? AddSlab<2>(weights, rows, count, out + d, head_dim + d)
-                  : AddSlab<1>(weights, rows, count, out + d, head_dim + d);
+      vecs == 4 ? AddSlab<kQueries, 4>(weights, rows, count, out + d, head_dim + d, coming)
+      : vecs == 3 ? AddSlab<kQueries, 3>(weights, rows, count, out + d, head_dim + d, coming)
+      : vecs == 2 ? AddSlab<kQueries, 2>(weights, rows, count, out + d, head_dim + d, coming)
+                  : AddSlab<kQueries, 1>(weights, rows, count, out + d, head_dim + d, coming);
     }
   }
 
-  template <int kVecs>
-  void AddSlab(const float* weights, const Cached* const* rows, int64_t count, float* out, int64_t at) const {
+  template <int64_t kQueries, int64_t kVecs>
+  void AddSlab(const float* weights, const Cached* const* rows, int64_t count, float* out, int64_t at,
+               const Cached* const* coming) const {
     Vec sum[kQueries][kVecs];
     for (int64_t i = 0; i < kQueries; ++i) {
       for (int64_t v = 0; v < kVecs; ++v) sum[i][v] = Load(out + i * head_dim + v * kLanes);
     }
     for (int64_t t = 0; t < count; ++t) {
+      if (coming) Fetch(coming[t] + head_dim);
       Vec value[kVecs];
 #pragma GCC unroll 4
       for (int64_t v = 0; v < kVecs; ++v) value[v] = Load(rows[t] + at + v * kLanes);
-#pragma GCC unroll 4
+#pragma GCC unroll 7
       for (int64_t i = 0; i < kQueries; ++i) {
         const Vec weight = Splat(weights[i * kTokens + t]);
 #pragma GCC unroll 4
