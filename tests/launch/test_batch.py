@@ -9,25 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from flax import nnx
-
-from jaxstack.models.checkpoint import save_decoder
-from jaxstack.models.decoder import Decoder, DecoderConfig
-from jaxstack.models.tokenizer import byte_tokenizer
+from byte_model import byte_model, save
 
 ROOT = Path(__file__).parents[2]
-MODEL = DecoderConfig(
-    architecture="Qwen2ForCausalLM",
-    vocab_size=byte_tokenizer().vocab_size,
-    hidden_size=16,
-    intermediate_size=16,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    qkv_bias=True,
-    max_position_embeddings=1024,
-)
+MODEL = byte_model(1024)
 REQUESTS = 40
 
 
@@ -45,8 +30,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 @pytest.fixture
 def flags(tmp_path: Path) -> list[str]:
     folder = tmp_path / "tiny-model"
-    save_decoder(Decoder(MODEL, rngs=nnx.Rngs(0)), folder)
-    byte_tokenizer().save(folder)
+    save(folder, MODEL)
     lines = []
     for i in range(REQUESTS):
         body = {"prompt": f"{i}: ", "max_tokens": 200, "seed": i, "ignore_eos": True, "return_token_ids": True}

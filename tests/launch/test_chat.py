@@ -14,28 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from byte_model import byte_model, save
 from flax import nnx
 
 from jaxstack.engine import Engine, EngineConfig, SamplingParams
-from jaxstack.models.checkpoint import save_decoder
-from jaxstack.models.decoder import Decoder, DecoderConfig
+from jaxstack.models.decoder import Decoder
 from jaxstack.models.tokenizer import byte_tokenizer
 from jaxstack.serving import BackgroundServer, ServerConfig
 
 ROOT = Path(__file__).parents[2]
-MODEL = DecoderConfig(
-    architecture="Qwen2ForCausalLM",
-    vocab_size=byte_tokenizer().vocab_size,
-    hidden_size=16,
-    intermediate_size=16,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    qkv_bias=True,
-    max_position_embeddings=4096,
-    initializer_range=0.3,
-)
+MODEL = byte_model(4096, initializer_range=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -144,8 +132,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(source: Any, engine: Engine, r
 
 def test_as_a_program_with_lines_from_a_pipe(tmp_path: Path) -> None:
     folder = tmp_path / "tiny-model"
-    save_decoder(Decoder(MODEL, rngs=nnx.Rngs(0)), folder)
-    byte_tokenizer().save(folder)
+    save(folder, MODEL)
     command = [sys.executable, "-m", "launch.chat", f"--model={folder}", "--max_batch_tokens=16"]
     done = subprocess.run(
         command,
