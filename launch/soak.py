@@ -20,7 +20,7 @@ import logging
 import random
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ class Traffic:
         self._random = random.Random(seed)
         self._over = False
 
-    async def run(self, clients: int, until: float, check: Any) -> None:
+    async def run(self, clients: int, until: float, check: "Callable[[Traffic], None]") -> None:
         """Load until the clock says `until`, with a pause for `check` every now and then."""
         self.open.set()
         async with (
@@ -290,6 +290,15 @@ def run() -> dict[str, Any]:
             began = time.perf_counter()
             bar = tqdm(total=round(_SECONDS.value), desc="load", unit="s", file=sys.stderr)
 
+            def look() -> None:
+                watch.look()
+                bar.set_postfix_str(
+                    f"{traffic.finished} answers, {traffic.hung_up} hung up, {traffic.swaps} adapters loaded, "
+                    f"{watch.bytes[-1] / 2**20:.0f} MiB"
+                )
+                bar.n = min(bar.total, round(time.perf_counter() - began))
+                bar.refresh()
+
             def check(traffic: Traffic) -> None:
                 engine.scheduler.check_accounting()
                 stats = engine.stats()
@@ -301,15 +310,9 @@ def run() -> dict[str, Any]:
                         "preemptions": stats.preemptions,
                     }
                 )
-                watch.look()
-                bar.set_postfix_str(
-                    f"{traffic.finished} answers, {traffic.hung_up} hung up, {traffic.swaps} adapters loaded, "
-                    f"{watch.bytes[-1] / 2**20:.0f} MiB"
-                )
-                bar.n = min(bar.total, round(time.perf_counter() - began))
-                bar.refresh()
+                look()
 
-            asyncio.run(_load(traffic, began, check, watch))
+            asyncio.run(_load(traffic, began, check, look))
             bar.close()
             stats = engine.stats()
     asked = sorted(traffic.answers, key=lambda q: (q.adapter, q.prompt, q.way))
@@ -350,10 +353,10 @@ def run() -> dict[str, Any]:
     return summary
 
 
-async def _load(traffic: Traffic, began: float, check: Any, watch: Watch) -> None:
+async def _load(traffic: Traffic, began: float, check: Callable[[Traffic], None], look: Callable[[], None]) -> None:
     async def keep_looking() -> None:
         while True:
-            watch.look()
+            look()
             await asyncio.sleep(1.0)
 
     looking = asyncio.create_task(keep_looking())
