@@ -7,6 +7,7 @@ import dataclasses
 import random
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxstack.engine import Engine, EngineConfig, EngineDead, PromptTooLong, QueueFull, SamplingParams
+from jaxstack.engine import Engine, EngineConfig, EngineDead, PromptTooLong, QueueFull, SamplingParams, runner
+from jaxstack.engine import config as config_module
 from jaxstack.models.attention import dense_attention
 from jaxstack.models.decoder import Decoder, DecoderConfig
 from jaxstack.models.tokenizer import byte_tokenizer
@@ -202,11 +204,42 @@ def test_greedy_equals_the_plain_loop_under_preemption(plain):
     assert tight.runner.recompilations == 0
 
 
-def test_greedy_equals_the_plain_loop_without_prefix_cache_and_unpacked(plain):
+def test_greedy_equals_the_plain_loop_without_prefix_cache_and_unpacked(plain, monkeypatch):
+    monkeypatch.setattr(runner, "_compilers", lambda: 3)  # as for an accelerator
     bare = Engine(decoder(), byte_tokenizer(), dataclasses.replace(SETTINGS, prefix_caching=False, pack_weights=False))
     outputs = assert_same(bare, plain, prompts(2, 8), 10)
     assert sum(o.cached_tokens for o in outputs) == 0
     assert bare.scheduler.pool.free == bare.scheduler.pool.size
+
+
+def test_an_accelerator_is_told_what_rows_ask_for_and_draws_the_same(engine):
+    """With a sampler of its own for greedy rows and for plain ones, as on a GPU."""
+    other = Engine(decoder(), byte_tokenizer(), SETTINGS)
+    other.runner.sampler.kinds = ("greedy", "plain", "any")
+    told: list[str] = []
+    draw = other.runner.sampler.draw
+    other.runner.sampler.draw = lambda logits, draws: told.append(draws.kind) or draw(logits, draws)
+    other.warm_up(progress=False)
+    told.clear()
+    sampled = SamplingParams(max_tokens=9, temperature=0.9, top_p=0.9, seed=3, ignore_eos=True)
+    ways = [greedy(5), sampled, dataclasses.replace(sampled, logprobs=2), dataclasses.replace(sampled, min_tokens=3)]
+    for way in (*ways, [ways[i % 4] for i in range(9)]):
+        asked = prompts(6, 9, longest=41)
+        found, wanted = ([o.completions for o in e.generate(asked, way)] for e in (other, engine))
+        assert found == wanted
+    assert set(told) == {"greedy", "plain", "any"} and other.runner.recompilations == 0
+
+
+def test_the_cache_of_an_accelerator_takes_what_weights_leave(monkeypatch):
+    memory = {"bytes_limit": 10 << 20, "bytes_in_use": 1 << 20}
+    device = SimpleNamespace(platform="gpu", memory_stats=lambda: memory)
+    monkeypatch.setattr(config_module.jax, "local_devices", lambda: [device])
+    page = MODEL.num_layers * 4 * 2 * MODEL.num_kv_heads * MODEL.head_dim * 4
+    found = config_module.sizes(dataclasses.replace(SETTINGS, num_pages=None, max_sequences=60), MODEL, 4).num_pages
+    assert found == (8 << 20) // page
+    memory["bytes_in_use"] = 9 << 20
+    with pytest.raises(UserError, match="num_pages: found 0"):
+        config_module.sizes(dataclasses.replace(SETTINGS, num_pages=None), MODEL, 4)
 
 
 def test_bfloat16_greedy_is_that_of_float32_where_the_choice_is_clear(plain):
