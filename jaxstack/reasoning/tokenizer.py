@@ -6,10 +6,12 @@ single spaces only, so "\\n\\n" survives as a word, and decoding joins words by 
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
+from jaxstack.reasoning import relay
 from jaxstack.reasoning.traces import BLANK_LINE, END_THINK, KEYWORDS, THINK
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
@@ -20,6 +22,9 @@ _WORDS = (
 )
 _SPARE = ("<spare_0>", "<spare_1>")
 VOCABULARY = (*SPECIAL, THINK, END_THINK, *_WORDS, *_SPARE, *(str(value) for value in range(100)))
+"""Countdown's words, in order of their ids."""
+RELAY_VOCABULARY = (*SPECIAL, THINK, END_THINK, *relay.WORDS)
+"""Relay's words, in order of their ids."""
 
 # Text follows the generation prompt: ` <think>` opens a thought, ` <think> </think>` closes it at once (NoThinking).
 CHAT_TEMPLATE = """\
@@ -37,9 +42,9 @@ CHAT_TEMPLATE = """\
 {%- endif -%}"""
 
 
-def build_tokenizer() -> Tokenizer:
-    """The word-level tokenizer of `VOCABULARY`; other words become `<unk>`."""
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token=UNKNOWN))
+def build_tokenizer(vocabulary: Sequence[str] = VOCABULARY) -> Tokenizer:
+    """The word-level tokenizer of a vocabulary; other words become `<unk>`."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", behavior="removed")
     # Only these are special. `<think>` and `</think>` are ordinary words, so that a decoded answer still shows its
     # thought's end.
@@ -47,15 +52,16 @@ def build_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def write_tokenizer(folder: str | Path, *, max_length: int) -> None:
+def write_tokenizer(folder: str | Path, *, max_length: int, vocabulary: Sequence[str] = VOCABULARY) -> None:
     """Writes tokenizer.json and tokenizer_config.json (chat template included) into an existing folder.
 
     Args:
       folder: where to write.
       max_length: the model's window in tokens (`model_max_length`).
+      vocabulary: its words, which begin with `SPECIAL`.
     """
     folder = Path(folder)
-    build_tokenizer().save(str(folder / "tokenizer.json"))
+    build_tokenizer(vocabulary).save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
