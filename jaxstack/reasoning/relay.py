@@ -136,9 +136,9 @@ def solve(problem: RelayProblem) -> tuple[int, ...]:
 def problems(split: Split) -> tuple[RelayProblem, ...]:
     """All problems of a split: of 32,400, about a fifth is held out."""
     everything = (
-        RelayProblem(start, rules, times)
+        RelayProblem(start, (first, second, third), times)
         for start in range(VALUES)
-        for rules in itertools.product(RULE_NAMES, repeat=3)
+        for first, second, third in itertools.product(RULE_NAMES, repeat=3)
         for times in LENGTHS
     )
     return tuple(problem for problem in everything if problem.split == split)
