@@ -1,0 +1,111 @@
+"""Our side: the trainer's own step, loss, optimizer and packing, on given steps of examples."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxstack.models import lora
+from jaxstack.models.checkpoint import load_decoder
+from jaxstack.models.decoder import Decoder
+from jaxstack.models.linear import LoraParam
+from jaxstack.training import OptimizerConfig
+from jaxstack.training.losses import cross_entropy
+from jaxstack.training.optimizer import build_optimizer
+from jaxstack.training.packing import HostBatch, pack
+from jaxstack.training.step import decoder_loss, init_state, make_train_step, split_model
+from launch.train_benchmark.workload import Example
+
+
+def rows_of(steps: list[list[Example]], row_length: int) -> int:
+    """Packed rows that hold any of the steps."""
+    return max(len(pack(np.array([len(ids) for ids, _ in step]), row_length)) for step in steps)
+
+
+def batch_of(step: list[Example], rows: int, row_length: int, *, packed: bool) -> HostBatch:
+    """A step as the arrays of a batch; unpacked, every example has a row of its own."""
+    lengths = np.array([len(ids) for ids, _ in step])
+    plan = pack(lengths, row_length) if packed else [[i] for i in range(len(step))]
+    shape = (rows, row_length)
+    batch: HostBatch = {name: np.zeros(shape, np.int32) for name in ("token_ids", "segment_ids", "positions")}
+    batch["loss_mask"] = np.zeros(shape, np.float32)
+    for r, row in enumerate(plan):
+        at = 0
+        for segment, index in enumerate(row, start=1):
+            ids, mask = step[index]
+            here = slice(at, at + len(ids))
+            batch["token_ids"][r, here], batch["loss_mask"][r, here] = ids, mask
+            batch["segment_ids"][r, here], batch["positions"][r, here] = segment, np.arange(len(ids))
+            at += len(ids)
+    return batch
+
+
+class Ours:
+    """One run: weights, adapter and optimizer as new, and a compiled step for batches of one shape.
+
+    Args:
+      folder: the base model.
+      config, seed: of the adapter.
+      batches: the steps' batches, used in turn.
+      longest: tokens of the longest example.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: lora.LoraConfig,
+        seed: int,
+        batches: list[HostBatch],
+        longest: int,
+        *,
+        learning_rate: float,
+        clip_norm: float,
+        total_steps: int,
+    ):
+        start = time.perf_counter()
+        model = adapted(folder, config, seed)
+        self._batches = [{k: jnp.asarray(v) for k, v in batch.items()} for batch in batches]
+        split, params, frozen = split_model(model, LoraParam)
+        optimizer = build_optimizer(
+            OptimizerConfig(learning_rate=learning_rate, schedule="constant", clip_norm=clip_norm),
+            params,
+            total_steps=total_steps,
+            adapters=True,
+        )
+        self._state, self._frozen = init_state(params, optimizer), frozen
+        row = self._batches[0]["token_ids"].shape[1]
+        loss = decoder_loss(cross_entropy, compute_dtype=jnp.float32, longest=min(row, -(-longest // 16) * 16))
+        step = make_train_step(split, loss, optimizer)
+        loaded = time.perf_counter()
+        self._step = step.lower(self._state, frozen, self._batches[0]).compile()
+        self.load_s, self.compile_s = loaded - start, time.perf_counter() - loaded
+
+    def run(self, first: int, last: int) -> tuple[list[float], float]:
+        """Losses of steps [first, last), before each update, and the seconds of all."""
+        start = time.perf_counter()
+        sums = []
+        for number in range(first, last):
+            batch = self._batches[number % len(self._batches)]
+            self._state, metrics = self._step(self._state, self._frozen, batch)
+            sums.append((metrics["loss_num"], metrics["loss_den"]))
+        jax.block_until_ready(self._state)
+        seconds = time.perf_counter() - start
+        return [float(num) / float(den) for num, den in sums], seconds
+
+
+def peak_bytes(*arguments: Any, **options: Any) -> int:
+    """The largest resident size of a process that does nothing but build an `Ours` and take two steps."""
+    Ours(*arguments, **options).run(0, 2)
+    # Not getrusage: a new process inherits the figure of the one that started it.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
+
+
+def adapted(folder: Path, config: lora.LoraConfig, seed: int) -> Decoder:
+    """The base model with a fresh adapter."""
+    model = load_decoder(folder, progress=False)
+    lora.attach(model, config, seed=seed)
+    return model
