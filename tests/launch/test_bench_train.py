@@ -19,7 +19,7 @@ def test_a_workload_is_what_it_says():
     steps = Workload(steps=200, vocab_size=50, seq_len=512).draw()
     assert steps == Workload(steps=200, vocab_size=50, seq_len=512).draw()
     lengths = [len(ids) for step in steps for ids, _ in step]
-    assert all(len(step) == 16 for step in steps) and 8 <= min(lengths) and max(lengths) <= 512
+    assert all(len(step) == 16 for step in steps) and min(lengths) >= 8 and max(lengths) <= 512
     assert np.mean(lengths) == pytest.approx(120, rel=0.05)
     ids, mask = steps[0][0]
     assert set(mask) == {0, 1} and sorted(mask) == mask and max(ids) < 50
