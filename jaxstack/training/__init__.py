@@ -5,6 +5,8 @@ length (`packing`), and a thread hands batches to the loop (`loop`). The step (`
 for every loss (`losses`), every optimizer (`optimizer`), and full or adapter training (`jaxstack.models.lora`). `sft`
 ties them together, checkpoints through `jaxstack.runtime.checkpoint`, and leaves `workdir/model`, or an adapter folder
 (`jaxstack.models.peft_format`).
+
+Rewards (`rl`, with `rollouts` for their batches) and pairs of answers (`preference`) are further losses of that step.
 """
 
 from jaxstack.models.lora import LoraConfig
@@ -13,23 +15,38 @@ from jaxstack.training.config import ResumeConfig, SftConfig
 from jaxstack.training.data import DataConfig, Example
 from jaxstack.training.losses import LossFn, LossParts, cross_entropy
 from jaxstack.training.optimizer import OptimizerConfig
+from jaxstack.training.preference import Dpo, Preference, dpo_loss, pair_batches
+from jaxstack.training.rl import Dapo, DrGrpo, Grpo, Loop, PpoClip, Reinforce
+from jaxstack.training.rollouts import Rollout, rollout_batches
 from jaxstack.training.sft import TrainResult, train_sft
 from jaxstack.training.step import TrainState, make_train_step
 
 __all__ = [
+    "Dapo",
     "DataConfig",
+    "Dpo",
+    "DrGrpo",
     "Example",
+    "Grpo",
+    "Loop",
     "LoraConfig",
     "LossFn",
     "LossParts",
     "OptimizerConfig",
+    "PpoClip",
+    "Preference",
+    "Reinforce",
     "ResumeConfig",
+    "Rollout",
     "SftConfig",
     "TrainResult",
     "TrainState",
     "cross_entropy",
+    "dpo_loss",
     "load_adapters",
     "make_train_step",
+    "pair_batches",
+    "rollout_batches",
     "save_peft",
     "train_sft",
 ]
