@@ -154,7 +154,7 @@ def main(run: Callable[[], Mapping[str, Any] | None]) -> None:
 
     # JAX notes each backend that is not there, which is nobody's concern.
     logging.getLogger("jax").setLevel(logging.WARNING)
-    for name in ("httpx", "httpx2"):  # the clients' transport, in older and newer versions, logs each request
+    for name in ("httpx", "httpx2", "openai"):  # clients and their transport log each request and each further try
         logging.getLogger(name).setLevel(logging.WARNING)
 
     def guarded(rest: list[str]) -> int:

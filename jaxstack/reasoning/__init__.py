@@ -9,6 +9,11 @@ are right, and why not.
     tokenizer.py    the word-level tokenizer and chat template of the embedded models
     evaluation.py   a language model's answers to problems, graded
     datasets.py     named data sets as JSONL files that `jaxstack.training` reads
+    benchmarks.py   AIME24, MATH500, LiveCodeBench, ...: asked, graded, reported with intervals, resumable;
+                    benchmark_tasks.py their files and prompts, benchmark_report.py the figures
+    grading/        graders of mathematics, choices and programs
+    statistics.py   pass@k, votes, bootstrap
+    asking.py       many long answers side by side, each on disk when it is there
 """
 
 from jaxstack.reasoning.countdown import Grade, Problem, candidates, grade, held_out, parse_problem, solve
