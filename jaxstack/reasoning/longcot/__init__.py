@@ -2,8 +2,8 @@
 
 A thought becomes steps (`steps.py`), steps are perturbed (`perturb.py`: content, by wrong results, noise or missing
 keywords; structure, by shuffled, deleted or foreign steps), and one model is trained on each version and measured on
-the same held-out problems. After Li, Cao, Griggs et al., "LLMs Can Easily Learn to Reason from Demonstrations",
-arXiv 2502.07374.
+the same held-out problems. `recipe.py` makes demonstrations with a teacher. After Li, Cao, Griggs et
+al., "LLMs Can Easily Learn to Reason from Demonstrations", arXiv 2502.07374.
 """
 
 from jaxstack.reasoning.longcot.perturb import KINDS, perturb, perturb_response
