@@ -22,7 +22,7 @@ from jaxstack.models.activations import ACTIVATIONS
 from jaxstack.models.attention import FULL_WINDOW, Attend, LayerContext
 from jaxstack.models.decoder_config import DecoderConfig, Segment
 from jaxstack.models.linear import AdapterStack, Linear
-from jaxstack.models.moe import Moe
+from jaxstack.models.moe import Moe, RouterSums
 from jaxstack.models.rope import rotate, rotation
 from jaxstack.runtime.errors import UserError
 from kernels.matmul import PackedWeight, StackedWeight
@@ -78,7 +78,7 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "... T V"], Any]:
         """Logits of every token, and the cache as `attend` left it. `options` are those of `hidden`."""
         hidden, cache = self.hidden(tokens, positions, attend, cache, **options)
-        return self.logits(hidden), cache
+        return self.logits(hidden, options.get("adapter_ids")), cache
 
     def hidden(
         self,
@@ -107,7 +107,39 @@ class Decoder(nnx.Module):
             everything.
           compute_dtype: dtype of activations; None for the embedding's.
         """
+        hidden, cache, _ = self.hidden_and_routing(
+            tokens,
+            positions,
+            attend,
+            cache,
+            None,
+            adapter_ids=adapter_ids,
+            input_embeddings=input_embeddings,
+            use_embeddings=use_embeddings,
+            remat=remat,
+            compute_dtype=compute_dtype,
+        )
+        return hidden, cache
+
+    def hidden_and_routing(
+        self,
+        tokens: Int[Array, "... T"],
+        positions: Int[Array, "... T"],
+        attend: Attend,
+        cache: Any,
+        counted: Bool[Array, "... T"] | None,
+        *,
+        adapter_ids: Int[Array, "... T"] | None = None,
+        input_embeddings: Float[Array, "... T D"] | None = None,
+        use_embeddings: Bool[Array, "... T"] | None = None,
+        remat: Remat = "none",
+        compute_dtype: jnp.dtype | None = None,
+    ) -> tuple[Float[Array, "... T D"], Any, RouterSums | None]:
+        """`hidden`, and what the routers of all layers did with the tokens that are `counted`; None without `counted`
+        or without experts.
+        """
         config = self.config
+        routing: list[RouterSums] = []
         x = self.embed(tokens, compute_dtype)
         if input_embeddings is not None:
             given = input_embeddings.astype(x.dtype)
@@ -124,7 +156,9 @@ class Decoder(nnx.Module):
                 x, cache = carry
                 weights, window, turn, index = xs
                 context = LayerContext(index, window, config.attention_scale, config.attention_softcap)
-                return layer_of(weights, index)(x, *rotation_of(turn), attend, context, cache, adapter_ids), None
+                layer = layer_of(weights, index)
+                x, cache, sums = layer.routed(x, *rotation_of(turn), attend, context, cache, adapter_ids, counted)
+                return (x, cache), sums
 
             if remat == "full":
                 body = jax.checkpoint(body, prevent_cse=False)
@@ -135,13 +169,18 @@ class Decoder(nnx.Module):
                 raise UserError(f"remat: found {remat!r}, expected none, dots or full")
 
             part = slice(segment.start, segment.stop)
-            (x, cache), _ = jax.lax.scan(body, (x, cache), (scanned, windows[part], rotations[part], indices[part]))
-        return self.final_norm(x), cache
+            (x, cache), sums = jax.lax.scan(body, (x, cache), (scanned, windows[part], rotations[part], indices[part]))
+            if sums is not None:
+                routing.append(jax.tree.map(lambda s: jnp.sum(s, axis=0), sums))
+        total = jax.tree.map(lambda *s: sum(s), *routing) if routing else None
+        return self.final_norm(x), cache, total
 
-    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """Output scores in float32."""
+    def logits(
+        self, hidden: Float[Array, "... D"], adapter_ids: Int[Array, "..."] | None = None
+    ) -> Float[Array, "... V"]:
+        """Output scores in float32; `adapter_ids` as in `hidden`."""
         if self.lm_head is not None:
-            scores = self.lm_head(hidden, out_dtype=jnp.float32)
+            scores = self.lm_head(hidden, adapter_ids, out_dtype=jnp.float32)
         else:
             scores = self.embed.attend(hidden)
         cap = self.config.logits_softcap
@@ -257,19 +296,36 @@ class DecoderLayer(nnx.Module):
         cache: Any,
         adapter_ids: Int[Array, "... T"] | None,
     ) -> tuple[Float[Array, "... T D"], Any]:
+        return self.routed(x, cos, sin, attend, layer, cache, adapter_ids, None)[:2]
+
+    def routed(
+        self,
+        x: Float[Array, "... T D"],
+        cos: Float[Array, "... T half"],
+        sin: Float[Array, "... T half"],
+        attend: Attend,
+        layer: LayerContext,
+        cache: Any,
+        adapter_ids: Int[Array, "... T"] | None,
+        counted: Bool[Array, "... T"] | None,
+    ) -> tuple[Float[Array, "... T D"], Any, RouterSums | None]:
+        """The layer, and what its router did with the tokens that are `counted`, if it has one."""
         out, cache = self.self_attn(self.input_layernorm(x), cos, sin, attend, layer, cache, adapter_ids)
         if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
             x = x + out
-            return x + self._feed_forward(self.post_attention_layernorm(x), adapter_ids), cache
+            out, sums = self._feed_forward(self.post_attention_layernorm(x), adapter_ids, counted)
+            return x + out, cache, sums
         x = x + self.post_attention_layernorm(out)
-        out = self._feed_forward(self.pre_feedforward_layernorm(x), adapter_ids)
-        return x + self.post_feedforward_layernorm(out), cache
+        out, sums = self._feed_forward(self.pre_feedforward_layernorm(x), adapter_ids, counted)
+        return x + self.post_feedforward_layernorm(out), cache, sums
 
-    def _feed_forward(self, x: Float[Array, "... D"], adapter_ids: Int[Array, "..."] | None) -> Float[Array, "... D"]:
+    def _feed_forward(
+        self, x: Float[Array, "... D"], adapter_ids: Int[Array, "..."] | None, counted: Bool[Array, "..."] | None
+    ) -> tuple[Float[Array, "... D"], RouterSums | None]:
         if self.moe is not None:
-            return self.moe(x)
+            return self.moe.routed(x, counted)
         assert self.mlp is not None
-        return self.mlp(x, adapter_ids)
+        return self.mlp(x, adapter_ids), None
 
 
 def _norm(config: DecoderConfig, features: int, param_dtype: jnp.dtype) -> "RMSNorm | LayerNorm":

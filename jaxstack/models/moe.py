@@ -6,16 +6,41 @@ or dropped (MegaBlocks, Gale et al. 2022):
     router -> top-k -> sort rows by expert -> gate, up -> activation -> down -> back in order -> weighted sum
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxstack.models.activations import ACTIVATIONS
 from jaxstack.models.decoder_config import DecoderConfig, MoeConfig
 from jaxstack.models.linear import Linear
 from kernels.grouped_matmul import grouped_matmul
 from kernels.matmul import StackedWeight
+
+
+class RouterSums(NamedTuple):
+    """What routers did, summed over tokens (and layers): sums of two pieces add up.
+
+    Attributes:
+      chosen: float32 [E], how often each expert was chosen; not a function of the parameters.
+      probability: float32 [E], of each expert.
+      tokens: float32 scalar, how many tokens were routed, once for each layer.
+    """
+
+    chosen: Float[Array, "E"]
+    probability: Float[Array, "E"]
+    tokens: Float[Array, ""]
+
+
+def load_balancing_loss(sums: RouterSums) -> Float[Array, ""]:
+    """E * sum_e f_e P_e, f_e the part of tokens that chose expert e and P_e its mean probability (Fedus et al. 2021,
+    equations 4-6), over the tokens of all layers together as Mixtral has it. With k experts a token it is k where the
+    load is even, and at most E; 0 without tokens.
+    """
+    tokens = jnp.maximum(sums.tokens, 1.0)
+    return sums.chosen.shape[0] * jnp.sum(sums.chosen / tokens * (sums.probability / tokens))
 
 
 class Experts(nnx.Module):
@@ -59,8 +84,16 @@ class Moe(nnx.Module):
         self.down_proj = Experts(config, config.moe, inner[::-1], rngs, param_dtype)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return self.routed(x, None)[0]
+
+    def routed(
+        self, x: Float[Array, "... D"], counted: Bool[Array, "..."] | None
+    ) -> tuple[Float[Array, "... D"], RouterSums | None]:
+        """The output, and what the router did with the tokens that are `counted`, which padding should not be."""
         rows = x.reshape(-1, x.shape[-1])
-        weights, experts = route(self.router(rows), self.moe)
+        scores = self.router(rows)
+        weights, experts = route(scores, self.moe)
+        sums = None if counted is None else router_sums(scores, experts, counted.reshape(-1))
         chosen = experts.reshape(-1)
         order = jnp.argsort(chosen, stable=True)  # sorted place -> (row, rank) as row * k + rank
         sizes = jnp.sum(chosen[:, None] == jnp.arange(self.moe.num_experts), axis=0, dtype=jnp.int32)
@@ -75,7 +108,7 @@ class Moe(nnx.Module):
         # Gathered back rather than added in place: a row's sum then has the same order whatever the other rows do.
         back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
         parts = out[back].reshape(*experts.shape, -1).astype(jnp.float32)
-        return jnp.sum(parts * weights[..., None], axis=1).astype(x.dtype).reshape(x.shape)
+        return jnp.sum(parts * weights[..., None], axis=1).astype(x.dtype).reshape(x.shape), sums
 
 
 def route(scores: Float[Array, "rows E"], moe: MoeConfig) -> tuple[Float[Array, "rows k"], Int[Array, "rows k"]]:
@@ -87,3 +120,17 @@ def route(scores: Float[Array, "rows E"], moe: MoeConfig) -> tuple[Float[Array, 
     elif moe.weight_norm is not None:
         weights = weights / jnp.sum(weights**moe.weight_norm, axis=-1, keepdims=True) ** (1 / moe.weight_norm)
     return weights, experts
+
+
+def router_sums(
+    scores: Float[Array, "rows E"], experts: Int[Array, "rows k"], counted: Bool[Array, "rows"]
+) -> RouterSums:
+    """The sums over the counted rows of one layer."""
+    probabilities = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
+    hits = jnp.sum(experts[..., None] == jnp.arange(scores.shape[-1]), axis=1)
+    keep = counted[:, None]
+    return RouterSums(
+        jnp.sum(jnp.where(keep, hits, 0), axis=0, dtype=jnp.float32),
+        jnp.sum(jnp.where(keep, probabilities, 0.0), axis=0),
+        jnp.sum(counted, dtype=jnp.float32),
+    )

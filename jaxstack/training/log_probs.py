@@ -48,9 +48,9 @@ def decoder_log_probs(
         targets = shift_targets(everything)
         ids = targets["token_ids"].reshape(-1)
         if chunk_tokens:
-            found = _by_chunks(model, hidden, ids, chunk_tokens)
+            found = _by_chunks(model, hidden, ids, flat.get("adapter_ids"), chunk_tokens)
         else:
-            found = token_log_probs(model.logits(hidden), ids)
+            found = token_log_probs(model.logits(hidden, flat.get("adapter_ids")), ids)
         found = jnp.where(targets["weights"] != 0, found.reshape(batch["token_ids"].shape), 0.0)
         return at_target(found)
 
@@ -62,14 +62,16 @@ def at_target(x: Float[Array, "rows T"]) -> Float[Array, "rows T"]:
     return jnp.concatenate([jnp.zeros_like(x[..., :1]), x[..., :-1]], axis=-1)
 
 
-def _by_chunks(model: Decoder, hidden: Array, ids: Array, chunk_tokens: int) -> Array:
+def _by_chunks(model: Decoder, hidden: Array, ids: Array, adapters: Array | None, chunk_tokens: int) -> Array:
     pad = -len(ids) % chunk_tokens
-    pieces = (
-        jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, chunk_tokens, hidden.shape[-1]),
-        jnp.pad(ids, (0, pad)).reshape(-1, chunk_tokens),
-    )
-    one = jax.checkpoint(lambda piece: token_log_probs(model.logits(piece[0]), piece[1]))
-    return jax.lax.map(one, pieces).reshape(-1)[: len(ids)]
+
+    def cut(x: Array | None) -> Array | None:
+        if x is None:
+            return None
+        return jnp.pad(x, ((0, pad), *((0, 0),) * (x.ndim - 1))).reshape(-1, chunk_tokens, *x.shape[1:])
+
+    one = jax.checkpoint(lambda piece: token_log_probs(model.logits(piece[0], piece[2]), piece[1]))
+    return jax.lax.map(one, (cut(hidden), cut(ids), cut(adapters))).reshape(-1)[: len(ids)]
 
 
 def make_log_prob_step(model: SplitModel, log_probs: LogProbs) -> jax.stages.Wrapped:

@@ -1,6 +1,7 @@
 """Mixtures of experts against a loop over tokens, in training form and served."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from flax import nnx
 from jaxstack.models import Decoder, DecoderConfig, MoeConfig, dense_attention
 from jaxstack.models.attention import FULL_WINDOW, LayerContext
 from jaxstack.models.hf_names import flat_params
-from jaxstack.models.moe import Moe, route
+from jaxstack.models.moe import Moe, RouterSums, load_balancing_loss, route, router_sums
 from jaxstack.models.rope import rotation
 from jaxstack.models.serving_layout import fuse_for_serving
 from jaxstack.runtime.errors import UserError
@@ -167,6 +168,62 @@ def test_a_step_that_trains_reaches_every_parameter(decoder):
         assert np.isfinite(np.asarray(gradient.get_value())).all()
         parts = gradient.get_value() if path[0] == "layers" else [gradient.get_value()]
         assert all(np.asarray(part).any() for part in parts), path
+
+
+def test_load_balancing_loss_equals_transformers_with_its_gradient():
+    with np.load(Path(__file__).parents[1] / "golden" / "training" / "router.npz") as found:
+        golden = dict(found)
+    moe = dataclasses.replace(CONFIG.moe, num_experts=5, experts_per_token=2)
+
+    def loss(scores):
+        layers = [router_sums(s, route(s, moe)[1], golden["mask"].reshape(-1) != 0) for s in scores]
+        return load_balancing_loss(jax.tree.map(lambda *s: sum(s), *layers))
+
+    found, gradient = jax.jit(jax.value_and_grad(loss))(jnp.asarray(golden["scores"]))
+    assert float(found) == pytest.approx(float(golden["loss"]), rel=1e-6)
+    np.testing.assert_allclose(gradient, golden["gradient"], atol=1e-7)
+    nothing = RouterSums(jnp.zeros(5), jnp.zeros(5), jnp.float32(0))
+    assert float(load_balancing_loss(nothing)) == 0
+    even = RouterSums(jnp.full(5, 4.0), jnp.full(5, 2.0), jnp.float32(10))
+    assert float(load_balancing_loss(even)) == pytest.approx(2)
+
+
+def test_routing_is_counted_in_every_sparse_layer_and_without_what_is_masked(decoder):
+    counted = jnp.arange(len(TOKENS)) % 5 != 0
+    graphdef, state = nnx.split(decoder)
+
+    @jax.jit
+    def run(state):
+        model = nnx.merge(graphdef, state)
+        args = (TOKENS, jnp.arange(len(TOKENS)), dense_attention())
+        return model.hidden_and_routing(*args, None, counted, remat="full"), model.hidden(*args)[0]
+
+    (hidden, _, sums), plain = run(state)
+    np.testing.assert_array_equal(hidden, plain)
+    chosen, probability = np.zeros(6), np.zeros(6)
+    config, x = decoder.config, decoder.embed(TOKENS)
+    cos, sin = rotation(jnp.arange(len(TOKENS)), config.rope, config.head_dim)
+    for i in range(config.num_layers):
+        sparse = i in config.sparse_layers
+        layer = nnx.clone(decoder.layers)
+        setattr(layer, "mlp" if sparse else "moe", None)
+        kind, place = ("moe", config.sparse_layers) if sparse else ("mlp", config.dense_layers)
+        flat = nnx.to_flat_state(nnx.state(layer, nnx.Param))
+        cut = [(p, v.replace(v.get_value()[place.index(i) if p[0] == kind else i])) for p, v in flat]
+        nnx.update(layer, nnx.from_flat_state(cut))
+        context = LayerContext(jnp.int32(i), jnp.int32(FULL_WINDOW))
+        out, _ = layer.self_attn(layer.input_layernorm(x), cos, sin, dense_attention(), context, None, None)
+        if sparse:
+            entering = layer.post_attention_layernorm(x + out)
+            scores = np.asarray(entering @ layer.moe.router.kernel.get_value(), np.float64)
+            shares = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+            for row in shares[np.asarray(counted)]:
+                chosen[np.argsort(-row)[:3]] += 1
+                probability += row
+        x, _ = layer(x, cos, sin, dense_attention(), context, None, None)
+    assert float(sums.tokens) == 3 * 32
+    np.testing.assert_array_equal(sums.chosen, chosen)
+    np.testing.assert_allclose(sums.probability, probability, rtol=1e-4)
 
 
 def test_served_experts_are_not_copied_out_of_the_stack():

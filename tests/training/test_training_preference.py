@@ -154,11 +154,12 @@ def test_an_empty_batch_and_a_lone_answer_count_for_nothing():
 
 def test_the_frozen_model_under_lora_is_the_reference_and_pairs_are_learnt_without_a_recompilation():
     model = decoder()
-    lora.attach(model, lora.LoraConfig(r=4, alpha=8.0, targets=("v_proj", "down_proj")))
+    lora.attach(model, lora.LoraConfig(r=4, alpha=8.0, targets=("v_proj", "lm_head")))
     split, params, frozen = split_model(model, LoraParam)
     rng = np.random.default_rng(0)
     params = {
-        k: v.at[:, 1].set(0.05 * rng.normal(size=v[:, 1].shape)) if k.endswith(".b") else v for k, v in params.items()
+        k: v.at[..., 1, :, :].set(0.05 * rng.normal(size=v[..., 1, :, :].shape)) if k.endswith(".b") else v
+        for k, v in params.items()
     }
     (batch,) = pair_batches(preferences(6), row_count=2, row_length=64)
     batch = on_device(batch)
