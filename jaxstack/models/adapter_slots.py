@@ -104,8 +104,14 @@ def slot_contents(
       source: what messages call the adapter.
 
     Raises:
-      UserError: the adapter is for a module that has no slot, of a larger rank than the slots, or of another shape.
+      UserError: the adapter is a DoRA, for a module that has no slot, of a larger rank than the slots, or of another
+        shape.
     """
+    if any(found.magnitude is not None for found in adapter.factors.values()):
+        raise UserError(
+            f"{source}: use_dora is true, which the slots of a server do not hold; expected a plain LoRA (merge a DoRA "
+            "into its model instead)"
+        )
     factors = dict(_apart(sites, adapter.factors))
     contents = {}
     for site in sites:

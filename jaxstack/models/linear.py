@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from jaxstack.runtime.errors import UserError
 from kernels.lora_matmul import lora_matmul
 from kernels.matmul import PackedWeight, StackedWeight, matmul
 
@@ -22,10 +24,15 @@ class LoraWeights(nnx.Module):
     Adapter 0 is "no adapter" and holds zeros; a fine-tuning run trains adapter 1; a server holds several.
     Inside a decoder every array has the layers as its leading axis.
 
+    With a magnitude, an adapter may be a DoRA (Liu et al. 2024): the layer's product, adapters included but without the
+    bias, is multiplied by `magnitude[n] / norm[n]`, the norms being those of the columns of `kernel + scale a b`.
+
     Attributes:
       a: `[n_adapters, in, r]`.
       b: `[n_adapters, r, out]`.
       scale: `[n_adapters]`, usually alpha / r.
+      magnitude: `[n_adapters, out]`, or None where no adapter is a DoRA.
+      dora: bool `[n_adapters]`, which ones are; None likewise.
     """
 
     def __init__(
@@ -33,10 +40,38 @@ class LoraWeights(nnx.Module):
         a: Float[Array, "*layers n_adapters in r"],
         b: Float[Array, "*layers n_adapters r out"],
         scale: Float[Array, "*layers n_adapters"],
+        magnitude: Float[Array, "*layers n_adapters out"] | None = None,
+        dora: Bool[Array, "*layers n_adapters"] | None = None,
     ):
         self.a = LoraParam(a)
         self.b = LoraParam(b)
         self.scale = nnx.Variable(scale)
+        self.magnitude: LoraParam | None = nnx.data(None if magnitude is None else LoraParam(magnitude))
+        self.dora: nnx.Variable | None = nnx.data(None if dora is None else nnx.Variable(dora))
+
+    def column_factors(
+        self, kernel: Float[Array, "*layers in out"], slots: slice = slice(None)
+    ) -> Float[Array, "*layers slots out"] | None:
+        """What adapters multiply the layer's outputs by, float32; 1 where one is no DoRA, None if none of all is.
+
+        The norm is a constant in the gradient (section 4.3 of the paper). It takes no product of `a` and `b`:
+        |w + s a b|^2 = |w|^2 + 2 s w.(a b) + s^2 |a b|^2 by columns, with w.(a b) = (w^T a) b and
+        |a b|^2 = b^T (a^T a) b.
+        """
+        if self.magnitude is None or self.dora is None:
+            return None
+        a, b = (v.get_value()[..., slots, :, :] for v in (self.a, self.b))
+        scale, dora = (v.get_value()[..., slots, None] for v in (self.scale, self.dora))
+        w, a, b, scale = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in (kernel, a, b, scale))
+        with jax.default_matmul_precision("highest"):
+            cross = jnp.einsum("...io,...nir->...nro", w, a)
+            cross = jnp.sum(cross * b, axis=-2)
+            gram = jnp.einsum("...nir,...nis->...nrs", a, a)
+            square = jnp.sum(jnp.einsum("...nrs,...nso->...nro", gram, b) * b, axis=-2)
+        norms = jnp.sum(w * w, axis=-2)[..., None, :] + 2 * scale * cross + scale * scale * square
+        dora = dora & (norms > 0)
+        magnitude = self.magnitude.get_value()[..., slots, :].astype(jnp.float32)
+        return jnp.where(dora, magnitude * jax.lax.rsqrt(jnp.where(dora, norms, 1.0)), 1.0)
 
     def __call__(self, x: Float[Array, "... in"], adapter_ids: Int[Array, "..."] | None) -> Float[Array, "... out"]:
         """The adapters' addition to the output; `adapter_ids` names one adapter a row, None is adapter 1 for all."""
@@ -144,10 +179,28 @@ class Linear(nnx.Module):
         if not isinstance(kernel, PackedWeight | StackedWeight):
             kernel = kernel.astype(x.dtype)
         bias = None if self.bias is None else self.bias.get_value()
+        lora = self.lora
+        if isinstance(lora, LoraWeights) and lora.magnitude is not None:
+            return self._with_dora(lora, x, adapter_ids, kernel, out_dtype)
         out = matmul(x, kernel, bias if self.sum_over is None else None, out_dtype=out_dtype)
-        if self.lora is not None:
-            out = out + self.lora(x, adapter_ids).astype(out_dtype)
+        if lora is not None:
+            out = out + lora(x, adapter_ids).astype(out_dtype)
         if self.sum_over is not None:
             out = jax.lax.psum(out, self.sum_over)
             out = out if bias is None else out + bias.astype(out_dtype)  # once, not on every device
         return out
+
+    def _with_dora(self, lora: LoraWeights, x: Array, adapter_ids: Array | None, kernel: Any, out_dtype: Any) -> Array:
+        stored = self.kernel.get_value()
+        if self.sum_over is not None or isinstance(stored, PackedWeight | StackedWeight):
+            raise UserError("a layer laid out for serving cannot carry a DoRA adapter (use_dora); merge it first")
+        factors = lora.column_factors(stored, slice(1, 2) if adapter_ids is None else slice(None))
+        assert factors is not None
+        if adapter_ids is None:
+            factor = factors[0]
+        else:
+            used = adapter_ids[..., None] == jnp.arange(factors.shape[0])
+            factor = jnp.sum(jnp.where(used[..., None], factors, 0), axis=-2)
+        out = matmul(x, kernel, None, out_dtype=out_dtype) + lora(x, adapter_ids).astype(out_dtype)
+        out = out * factor.astype(out_dtype)
+        return out if self.bias is None else out + self.bias.get_value().astype(out_dtype)

@@ -6,7 +6,7 @@ path can go round it. `attach` puts factors into the layers that a `LoraConfig` 
 
 Layers are stacked, so a site's factors are [num_layers, n_adapters, in, r]. A layer that is not targeted, and the ranks
 above a layer's own, hold zeros in both factors: their gradients are products with those zeros, so they stay zero
-exactly.
+exactly. So do the magnitudes of layers and adapters that are no DoRA.
 """
 
 import dataclasses
@@ -38,6 +38,8 @@ class LoraConfig:
       targets: ("all-linear",): every linear layer except the output head; or names that a module's path ends with
         ("q_proj"), or one regular expression that the whole path matches (r"model\\.layers\\.[01]\\.mlp\\..*").
       use_rslora: see alpha.
+      use_dora: also train the norm of each output's weights apart from their direction (Liu et al. 2024); in training
+        and merging, not in a server's slots.
       rank_pattern, alpha_pattern: (pattern, value) pairs that override r and alpha for modules whose path ends with a
         match.
     """
@@ -46,6 +48,7 @@ class LoraConfig:
     alpha: float = 16.0
     targets: tuple[str, ...] = (ALL_LINEAR,)
     use_rslora: bool = False
+    use_dora: bool = False
     rank_pattern: tuple[tuple[str, int], ...] = ()
     alpha_pattern: tuple[tuple[str, float], ...] = ()
 
@@ -144,17 +147,21 @@ def _linears(model: Decoder) -> Iterator[tuple[tuple[str, ...], Linear]]:
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
-    """One module's factors as PEFT has them, transposed: `a [in, r]`, `b [r, out]`, and the branch's scale."""
+    """One module's factors as PEFT has them, transposed: `a [in, r]`, `b [r, out]`, the branch's scale, and the
+    `magnitude [out]` of a DoRA.
+    """
 
     a: np.ndarray
     b: np.ndarray
     scale: float
+    magnitude: np.ndarray | None = None
 
 
 def attach(model: Decoder, config: LoraConfig, *, seed: int = 0) -> dict[str, int]:
     """Gives the targeted layers a fresh adapter in slot 1 (slot 0 stays "no adapter").
 
-    A is uniform in +-1/sqrt(in), B is zero, both float32: the model's output does not change (PEFT's default).
+    A is uniform in +-1/sqrt(in), B is zero, a DoRA's magnitude is the norm of the kernel's columns, all float32: the
+    model's output does not change (PEFT's default).
 
     Returns:
       Site path -> number of layers of it that are targeted.
@@ -171,7 +178,9 @@ def attach(model: Decoder, config: LoraConfig, *, seed: int = 0) -> dict[str, in
             raise UserError(f"lora.targets: {target!r} matches no module; the model has {', '.join(names)}")
     fresh: dict[str, Factors] = {}
     for site in all_sites:
-        for module in filter(config.matches, site.modules):
+        for layer, module in enumerate(site.modules):
+            if not config.matches(module):
+                continue
             # Keyed by name: the factors of one module do not depend on which others are targeted.
             rng = np.random.Generator(np.random.Philox(key=[seed & 0xFFFFFFFFFFFFFFFF, zlib.crc32(module.encode())]))
             bound, rank = 1 / math.sqrt(site.in_features), config.rank_of(module)
@@ -179,9 +188,15 @@ def attach(model: Decoder, config: LoraConfig, *, seed: int = 0) -> dict[str, in
                 rng.uniform(-bound, bound, (site.in_features, rank)).astype(np.float32),
                 np.zeros((rank, site.out_features), np.float32),
                 config.scale_of(module),
+                _column_norms(site, layer) if config.use_dora else None,
             )
     set_adapters(model, [fresh])
     return {".".join(s.path): n for s in all_sites if (n := sum(map(config.matches, s.modules)))}
+
+
+def _column_norms(site: Site, layer: int) -> np.ndarray:
+    kernel = site.linear.kernel.get_value()
+    return np.linalg.norm(np.asarray(kernel[layer] if site.stacked else kernel, np.float32), axis=0)
 
 
 def set_adapters(model: Decoder, adapters: Sequence[Mapping[str, Factors]]) -> None:
@@ -200,15 +215,18 @@ def set_adapters(model: Decoder, adapters: Sequence[Mapping[str, Factors]]) -> N
         a = np.zeros((layers, slots, site.in_features, rank), np.float32)
         b = np.zeros((layers, slots, rank, site.out_features), np.float32)
         scale = np.zeros((layers, slots), np.float32)
+        magnitude = np.zeros((layers, slots, site.out_features), np.float32)
+        dora = np.zeros((layers, slots), bool)
         for slot, column in enumerate(used, start=1):
             for layer, factors in enumerate(column):
                 if factors is not None:
                     r = factors.a.shape[1]
                     a[layer, slot, :, :r], b[layer, slot, :r] = factors.a, factors.b
                     scale[layer, slot] = factors.scale
-        if not site.stacked:
-            a, b, scale = a[0], b[0], scale[0]
-        site.linear.lora = LoraWeights(jnp.asarray(a), jnp.asarray(b), jnp.asarray(scale))
+                    if factors.magnitude is not None:
+                        magnitude[layer, slot], dora[layer, slot] = factors.magnitude, True
+        arrays = [a, b, scale, magnitude, dora] if dora.any() else [a, b, scale]
+        site.linear.lora = LoraWeights(*(jnp.asarray(x if site.stacked else x[0]) for x in arrays))
 
 
 def adapter_factors(model: Decoder, config: LoraConfig, slot: int = 1) -> dict[str, Factors]:
@@ -220,18 +238,26 @@ def adapter_factors(model: Decoder, config: LoraConfig, slot: int = 1) -> dict[s
         lora = site.linear.lora
         if not isinstance(lora, LoraWeights):
             continue
-        a, b, scale = (np.asarray(v.get_value()) for v in (lora.a, lora.b, lora.scale))
-        if not site.stacked:
-            a, b, scale = a[None], b[None], scale[None]
+        variables = (lora.a, lora.b, lora.scale, lora.magnitude, lora.dora)
+        arrays = [None if v is None else np.asarray(v.get_value()) for v in variables]
+        a, b, scale, magnitude, dora = (x if x is None or site.stacked else x[None] for x in arrays)
+        assert a is not None and b is not None and scale is not None
         for layer, module in enumerate(site.modules):
             if config.matches(module):
                 r = config.rank_of(module)
-                found[module] = Factors(a[layer, slot, :, :r], b[layer, slot, :r], float(scale[layer, slot]))
+                has_magnitude = magnitude is not None and dora is not None and dora[layer, slot]
+                found[module] = Factors(
+                    a[layer, slot, :, :r],
+                    b[layer, slot, :r],
+                    float(scale[layer, slot]),
+                    magnitude[layer, slot] if magnitude is not None and has_magnitude else None,
+                )
     return found
 
 
 def merge(model: Decoder, slot: int = 1) -> Decoder:
-    """A decoder whose kernels are `kernel + scale * A @ B`, computed in float32 and cast back, without adapters.
+    """A decoder whose kernels are `kernel + scale * A @ B`, a DoRA's columns scaled to their magnitude, computed in
+    float32 and cast back, without adapters.
 
     The given model keeps its adapters. There is no way back: the sum rounds.
     """
@@ -244,7 +270,10 @@ def merge(model: Decoder, slot: int = 1) -> Decoder:
         a, b, scale = (v.get_value().astype(jnp.float32) for v in (lora.a, lora.b, lora.scale))
         with jax.default_matmul_precision("highest"):
             delta = jnp.einsum("...ir,...ro->...io", a[..., slot, :, :], b[..., slot, :, :])
-        delta = delta * scale[..., slot, None, None]
-        site.linear.kernel.set_value((kernel.astype(jnp.float32) + delta).astype(kernel.dtype))
+        total = kernel.astype(jnp.float32) + delta * scale[..., slot, None, None]
+        factors = lora.column_factors(kernel)
+        if factors is not None:
+            total = total * factors[..., slot, None, :]
+        site.linear.kernel.set_value(total.astype(kernel.dtype))
         site.linear.lora = None
     return merged

@@ -1,7 +1,8 @@
 """PEFT adapter folders: `adapter_config.json` and `adapter_model.safetensors`, in both directions.
 
 Tensors are called `base_model.model.<module path>.lora_A.weight` [r, in] and `.lora_B.weight` [out, r]: the transposes
-of ours. What this stack cannot honour is refused by name instead of being left out.
+of ours; and `.lora_magnitude_vector` [out] for DoRA. What this stack cannot honour is refused by name instead of being
+left out.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from jaxstack.models.lora import ALL_LINEAR, Factors, LoraConfig, adapter_factor
 from jaxstack.runtime.errors import UserError
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_((?P<factor>[AB])\.weight|magnitude_vector)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +69,13 @@ def read_peft(folder: str | Path) -> PeftAdapter:
             raise UserError(
                 f"{path}: tensor {key!r} is unknown; expected base_model.model.<module>.lora_A.weight or lora_B"
             )
-        pairs.setdefault(match["module"], {})[match["factor"]] = tensor
+        pairs.setdefault(match["module"], {})[match["factor"] or "magnitude"] = tensor
     if not pairs:
         raise UserError(f"{path}: holds no tensors; expected at least one adapter")
     factors = {}
     for module, pair in pairs.items():
+        magnitude = pair.pop("magnitude", None)
+        _check_magnitude(magnitude, pair, config, f"{path}: {module}")
         if pair.keys() != {"A", "B"}:
             raise UserError(f"{path}: {module} has lora_{'/'.join(pair)} only; expected lora_A and lora_B")
         rank = config.rank_of(module)
@@ -85,9 +88,27 @@ def read_peft(folder: str | Path) -> PeftAdapter:
             if not np.isfinite(pair[name].astype(np.float32)).all():
                 raise UserError(f"{path}: {module}.lora_{name} holds values that are not finite")
         factors[module] = Factors(
-            pair["A"].astype(np.float32).T, pair["B"].astype(np.float32).T, config.scale_of(module)
+            pair["A"].astype(np.float32).T,
+            pair["B"].astype(np.float32).T,
+            config.scale_of(module),
+            None if magnitude is None else magnitude.astype(np.float32),
         )
     return PeftAdapter(config, factors, next(iter(tensors.values())).dtype, settings)
+
+
+def _check_magnitude(
+    magnitude: np.ndarray | None, pair: Mapping[str, np.ndarray], config: LoraConfig, where: str
+) -> None:
+    if (magnitude is not None) != config.use_dora:
+        found = "no lora_magnitude_vector" if magnitude is None else "a lora_magnitude_vector"
+        raise UserError(f"{where} has {found}, though {_CONFIG} has use_dora={json.dumps(config.use_dora)}")
+    if magnitude is None:
+        return
+    out_features = pair["B"].shape[0] if "B" in pair else magnitude.size
+    if magnitude.shape != (out_features,):
+        raise UserError(f"{where}.lora_magnitude_vector has shape {list(magnitude.shape)}, expected [{out_features}]")
+    if not np.isfinite(magnitude.astype(np.float32)).all():
+        raise UserError(f"{where}.lora_magnitude_vector holds values that are not finite")
 
 
 def load_adapters(model: Decoder, folders: Sequence[str | Path]) -> list[PeftAdapter]:
@@ -143,6 +164,8 @@ def save_peft(
         prefix = f"base_model.model.{module}"
         tensors[f"{prefix}.lora_A.weight"] = np.ascontiguousarray(pair.a.T.astype(dtype))
         tensors[f"{prefix}.lora_B.weight"] = np.ascontiguousarray(pair.b.T.astype(dtype))
+        if pair.magnitude is not None:
+            tensors[f"{prefix}.lora_magnitude_vector"] = np.ascontiguousarray(pair.magnitude.astype(dtype))
     content = {
         **(settings or {}),
         "peft_type": "LORA",
@@ -152,10 +175,11 @@ def save_peft(
         "lora_alpha": config.alpha,
         "target_modules": _peft_targets(config),
         "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": dict(config.alpha_pattern),
     }
-    defaults = {"use_dora": False, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True}
+    defaults = {"lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True}
     content = {**defaults, "modules_to_save": None, "init_lora_weights": True, **content}
     folder = Path(folder)
     temporary = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
@@ -221,7 +245,7 @@ def _lora_config(settings: Mapping[str, Any], folder: Path) -> LoraConfig:
     for name, value in settings.items():
         # PEFT's other variants of LoRA each bring a switch or a table of their own.
         variant = name.startswith("use_") or (name.endswith("_config") and name != "eva_config")
-        if variant and name != "use_rslora" and value:
+        if variant and name not in ("use_rslora", "use_dora") and value:
             raise UserError(f"{path}: {name} is {json.dumps(value)[:60]}, a variant that is not supported")
     init = settings.get("init_lora_weights", True)
     if isinstance(init, str) and init.split("_")[0].lower() not in ("gaussian", "eva", "orthogonal"):
@@ -243,6 +267,7 @@ def _lora_config(settings: Mapping[str, Any], folder: Path) -> LoraConfig:
             alpha=settings.get("lora_alpha", 8),
             targets=tuple(targets),
             use_rslora=bool(settings.get("use_rslora", False)),
+            use_dora=bool(settings.get("use_dora", False)),
             **patterns,
         )
     except UserError as error:

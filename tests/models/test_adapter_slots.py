@@ -151,3 +151,12 @@ def test_refusals(tmp_path, config, change, message):
     adapter = read_peft(tmp_path / "adapter")
     with pytest.raises(UserError, match=message):
         slot_contents(slot_sites(fresh()), adapter, RANK, jnp.float32, source=tmp_path)
+
+
+def test_a_dora_is_refused_by_name():
+    factors = lora.Factors(np.ones((32, 2), np.float32), np.ones((2, 48), np.float32), 1.0, np.ones(48, np.float32))
+    adapter = PeftAdapter(
+        lora.LoraConfig(use_dora=True), {"model.layers.0.self_attn.q_proj": factors}, np.dtype(np.float32), {}
+    )
+    with pytest.raises(UserError, match=r"^here: use_dora is true, which the slots of a server do not hold; expected"):
+        slot_contents(slot_sites(fresh()), adapter, RANK, jnp.float32, source="here")

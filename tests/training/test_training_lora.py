@@ -25,12 +25,16 @@ from jaxstack.training.step import decoder_loss, loss_gradients, split_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ADAPTER = GOLDEN / "training" / "adapter"
+DORA = GOLDEN / "training" / "dora_adapter"
 
 
 @functools.cache
 def golden() -> dict[str, np.ndarray]:
-    with np.load(GOLDEN / "training" / "gradients.npz") as found:
-        return dict(found)
+    arrays = {}
+    for name in ("gradients", "dora"):
+        with np.load(GOLDEN / "training" / f"{name}.npz") as found:
+            arrays |= dict(found)
+    return arrays
 
 
 def qwen2():
@@ -66,25 +70,33 @@ def test_loss_and_every_gradient_equal_transformers():
     assert checked == sum(name.startswith("grad/") for name in golden())
 
 
-def test_loss_and_gradients_of_an_adapter_equal_peft():
+@pytest.mark.parametrize(("kind", "folder", "arrays"), [("lora", ADAPTER, 18), ("dora", DORA, 21)])
+def test_loss_and_gradients_of_an_adapter_equal_peft(kind, folder, arrays):
     model = qwen2()
-    (adapter,) = load_adapters(model, [ADAPTER])
+    (adapter,) = load_adapters(model, [folder])
     loss, grads = loss_and_gradients(model, LoraParam)
-    assert loss == pytest.approx(float(golden()["lora_loss"]), rel=1e-5)
+    assert loss == pytest.approx(float(golden()[f"{kind}_loss"]), rel=1e-5)
     checked = 0
     for site in lora.sites(model):
+        magnitudes = grads.get(".".join((*site.path, "lora", "magnitude")))
         for layer, module in enumerate(site.modules):
             if module not in adapter.factors:
+                assert magnitudes is None or not np.asarray(magnitudes[layer]).any()
                 continue
+            if magnitudes is not None:
+                expected = golden()[f"dora_grad/base_model.model.{module}.lora_magnitude_vector.weight"]
+                assert relative(magnitudes[layer, 1], expected) < 1e-4, module
+                assert not np.asarray(magnitudes[layer, 0]).any()
+                checked += 1
             rank = adapter.config.rank_of(module)
             for name, factor in (("A", "a"), ("B", "b")):
                 ours = np.asarray(grads[".".join((*site.path, "lora", factor))][layer, 1])
                 used, padding = (ours[:, :rank], ours[:, rank:]) if name == "A" else (ours[:rank], ours[rank:])
-                expected = golden()[f"lora_grad/base_model.model.{module}.lora_{name}.weight"]
+                expected = golden()[f"{kind}_grad/base_model.model.{module}.lora_{name}.weight"]
                 assert relative(used.T, expected) < 1e-4, (module, name)
                 assert not padding.any()
                 checked += 1
-    assert checked == sum(name.startswith("lora_grad/") for name in golden()) == 18
+    assert checked == sum(name.startswith(f"{kind}_grad/") for name in golden()) == arrays
 
 
 def forward(model, tokens, adapter_ids=None):
@@ -98,24 +110,27 @@ def forward(model, tokens, adapter_ids=None):
     return np.asarray(run(state, jnp.asarray(tokens), adapter_ids))
 
 
-def test_peft_folder_round_trip_is_bit_identical_and_merging_gives_peft_logits(tmp_path):
+@pytest.mark.parametrize(("kind", "folder"), [("lora", ADAPTER), ("dora", DORA)])
+def test_peft_folder_round_trip_is_bit_identical_and_merging_gives_peft_logits(tmp_path, kind, folder):
     model = qwen2()
-    (adapter,) = load_adapters(model, [ADAPTER])
-    assert adapter.config.use_rslora and dict(adapter.config.rank_pattern) == {"v_proj": 2, "layers.1.mlp.down_proj": 5}
+    (adapter,) = load_adapters(model, [folder])
+    patterns = {"lora": {"v_proj": 2, "layers.1.mlp.down_proj": 5}, "dora": {"o_proj": 2}}
+    assert dict(adapter.config.rank_pattern) == patterns[kind]
+    assert (adapter.config.use_rslora, adapter.config.use_dora) == (kind == "lora", kind == "dora")
     save_peft(model, tmp_path / "again", adapter.config, dtype=adapter.dtype, settings=adapter.settings)
-    ours, theirs = (safetensors.numpy.load_file(f / "adapter_model.safetensors") for f in (tmp_path / "again", ADAPTER))
+    ours, theirs = (safetensors.numpy.load_file(f / "adapter_model.safetensors") for f in (tmp_path / "again", folder))
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert ours[name].dtype == tensor.dtype and ours[name].tobytes() == tensor.tobytes(), name
-    written, read = (json.loads((f / "adapter_config.json").read_text()) for f in (tmp_path / "again", ADAPTER))
+    written, read = (json.loads((f / "adapter_config.json").read_text()) for f in (tmp_path / "again", folder))
     assert {k: sorted(v) if k == "target_modules" else v for k, v in written.items()} == {
         k: sorted(v) if k == "target_modules" else v for k, v in read.items()
     }
     ids = golden()["ids_0"].astype(np.int32)
-    np.testing.assert_allclose(forward(model, ids), golden()["lora_logits"], atol=1e-4)
+    np.testing.assert_allclose(forward(model, ids), golden()[f"{kind}_logits"], atol=1e-4)
     merged = lora.merge(model)
     assert not jax.tree.leaves(nnx.state(merged, LoraParam)) and jax.tree.leaves(nnx.state(model, LoraParam))
-    np.testing.assert_allclose(forward(merged, ids), golden()["lora_logits"], atol=1e-4)
+    np.testing.assert_allclose(forward(merged, ids), golden()[f"{kind}_logits"], atol=1e-4)
 
 
 def test_a_fresh_adapter_changes_nothing_and_every_site_is_adapted():
@@ -153,6 +168,23 @@ def test_a_fresh_adapter_changes_nothing_and_every_site_is_adapted():
             np.testing.assert_array_equal(unused, before)
 
 
+def test_a_fresh_dora_changes_nothing_and_its_magnitudes_scale_columns():
+    """Closed form: magnitudes of c times the norms make every targeted product c times as large."""
+    model = decoder()
+    tokens = np.arange(12, dtype=np.int32)[None]
+    before = forward(model, tokens)
+    config = lora.LoraConfig(r=2, targets=("v_proj", "lm_head"), use_dora=True)
+    lora.attach(model, config)
+    np.testing.assert_allclose(forward(model, tokens), before, atol=1e-5)
+    factors = lora.adapter_factors(model, config)
+    doubled = {m: dataclasses.replace(f, magnitude=2 * f.magnitude) for m, f in factors.items() if m == "lm_head"}
+    lora.set_adapters(model, [factors | doubled])
+    np.testing.assert_allclose(forward(model, tokens), 2 * before, atol=2e-5)
+    zeros = jnp.zeros(tokens.shape, jnp.int32)
+    np.testing.assert_allclose(forward(model, tokens, zeros), before, atol=1e-5)
+    np.testing.assert_allclose(forward(lora.merge(model), tokens), 2 * before, atol=2e-5)
+
+
 def test_three_adapters_in_one_batch_equal_three_separate_runs(tmp_path):
     rng = np.random.default_rng(0)
     folders = []
@@ -160,7 +192,7 @@ def test_three_adapters_in_one_batch_equal_three_separate_runs(tmp_path):
         (
             lora.LoraConfig(r=2),
             lora.LoraConfig(r=4, alpha=3.0, targets=("q_proj", "up_proj")),
-            lora.LoraConfig(r=3, use_rslora=True),
+            lora.LoraConfig(r=3, use_rslora=True, use_dora=True),
         )
     ):
         model = decoder()
@@ -169,6 +201,9 @@ def test_three_adapters_in_one_batch_equal_three_separate_runs(tmp_path):
             m: dataclasses.replace(f, b=rng.normal(size=f.b.shape).astype(np.float32))
             for m, f in lora.adapter_factors(model, config).items()
         }
+        if config.use_dora:
+            assert all(f.magnitude is not None for f in factors.values())
+            factors = {m: dataclasses.replace(f, magnitude=1.5 * f.magnitude) for m, f in factors.items()}
         lora.set_adapters(model, [factors])
         folders.append(tmp_path / str(number))
         save_peft(model, folders[-1], config)
@@ -249,13 +284,30 @@ def _tensors(change):
     return apply
 
 
+def _dora(magnitude):
+    """Makes the folder a DoRA of one module with these magnitudes."""
+
+    def apply(folder: Path) -> None:
+        keep = [FIRST, FIRST.replace("lora_A", "lora_B")]
+        _edit("use_dora", True)(folder)
+        _tensors(lambda t: [t.pop(k) for k in list(t) if k not in keep])(folder)
+        _tensors(lambda t: t.update({MAGNITUDE: magnitude.astype(np.float32)}))(folder)
+
+    return apply
+
+
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+MAGNITUDE = FIRST.replace("lora_A.weight", "lora_magnitude_vector")
 BAD_FOLDERS = [
     (_edit("peft_type", "IA3"), r'peft_type is "IA3", expected "LORA"'),
     (_edit("peft_type", None), "no peft_type"),
     (_edit("bias", "all"), r'bias is "all", expected "none"'),
     (_edit("modules_to_save", ["lm_head"]), r'modules_to_save is \["lm_head"\], expected null'),
-    (_edit("use_dora", True), "use_dora is true, a variant that is not supported"),
+    (_edit("use_qalora", True), "use_qalora is true, a variant that is not supported"),
+    (_edit("use_dora", True), "has no lora_magnitude_vector, though adapter_config.json has use_dora=true"),
+    (_tensors(lambda t: t.update({MAGNITUDE: t[FIRST][0]})), "has a lora_magnitude_vector, though .* use_dora=false"),
+    (_dora(np.ones((1, 32))), r"lora_magnitude_vector has shape \[1, 32\], expected \[32\]"),
+    (_dora(np.full(32, np.inf)), "lora_magnitude_vector holds values that are not finite"),
     (_edit("init_lora_weights", "pissa_niter_16"), "init_lora_weights is 'pissa_niter_16'"),
     (_edit("target_modules", 7), "target_modules is 7"),
     (_edit("r", "four"), "lora.r='four'"),
