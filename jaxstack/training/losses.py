@@ -36,7 +36,8 @@ class LossParts(NamedTuple):
 
 
 LossFn = Callable[[Float[Array, "... T V"], Targets], LossParts]
-"""A sum over tokens: the parts of two pieces of a batch add up to those of the whole, so a step may cut it anywhere."""
+"""A sum over tokens: the parts of two pieces of a batch add up to those of the whole, so a step may cut it anywhere,
+and leave out tokens of weight 0."""
 
 _NOT_SHIFTED = ("positions", "adapter_ids")
 
@@ -81,6 +82,25 @@ def cross_entropy(logits: Float[Array, "... T V"], targets: Targets) -> LossPart
     den = jnp.sum(weights)
     correct = jnp.sum(jnp.where(jnp.argmax(logits, axis=-1) == targets["token_ids"], weights, 0.0))
     return LossParts(num, den, {"accuracy": (jax.lax.stop_gradient(correct), den)})
+
+
+def targets_only(
+    hidden: Float[Array, "tokens D"], targets: Targets, most: int
+) -> tuple[Float[Array, "most D"], Targets]:
+    """What the output matrix must see: the tokens with a weight, in order, then zeros of weight 0 up to `most` tokens.
+
+    Prompts and padding are often half of a batch, and the output matrix is the largest of a small model.
+
+    Args:
+      most: at least as many as have a weight; what is beyond would be lost.
+    """
+    weights = targets["weights"]
+    places = jnp.nonzero(weights != 0, size=most, fill_value=weights.shape[0])[0]
+
+    def chosen(x: Array) -> Array:
+        return x.at[places].get(mode="fill", fill_value=0, indices_are_sorted=True)
+
+    return chosen(hidden), {name: chosen(x) for name, x in targets.items()}
 
 
 def chunked(

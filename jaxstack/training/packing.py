@@ -152,6 +152,22 @@ class PackedBatches:
         """The part of an epoch's token slots that holds tokens."""
         return int(self.dataset.lengths.sum()) / (len(self.rows(epoch)) * self.row_length)
 
+    def most_targets(self, steps: int, accum_steps: int = 1) -> int:
+        """Target tokens of the fullest microbatch of the first `steps` batches: what a loss must have room for."""
+        data = self.dataset
+        counts = np.add.reduceat(data.loss_mask.astype(np.int64), data.offsets[:-1])
+        counts -= data.loss_mask[data.offsets[:-1]]  # nothing predicts a document's first token
+        rows_at_once = self.row_count // accum_steps
+        most, epoch = 0, 0
+        while steps > 0:
+            rows = self.rows(epoch)[: steps * self.row_count]
+            sums = np.array([int(counts[row].sum()) for row in rows])
+            sums = np.pad(sums, (0, -len(sums) % rows_at_once))
+            most = max(most, int(sums.reshape(-1, rows_at_once).sum(1).max(initial=0)))
+            steps -= self.batches_in(epoch)
+            epoch += 1
+        return most
+
     def batch(self, place: Place) -> HostBatch:
         """The batch at a place."""
         start = place.batch * self.row_count

@@ -41,6 +41,7 @@ from jaxstack.training.same_job import (
     workdir_has_checkpoints,
 )
 from jaxstack.training.step import (
+    ModelLoss,
     SplitModel,
     decoder_loss,
     init_state,
@@ -134,13 +135,8 @@ class _Run:
         if compute is None:
             compute = jnp.float32
         longest = max(int(data.lengths.max()) for data in (self.train_data, self.eval_data) if data is not None)
-        self.loss = decoder_loss(
-            loss_fn,
-            remat=config.remat,
-            compute_dtype=compute,
-            chunk_tokens=config.chunk_tokens,
-            longest=min(config.seq_len, -(-longest // 16) * 16),
-        )
+        self.longest = min(config.seq_len, -(-longest // 16) * 16)
+        self.compute_dtype, self.loss_fn = compute, loss_fn
         self.job = {
             "config": comparable_config(config),
             "data": self.train_data.digest(),
@@ -243,6 +239,7 @@ class _Run:
             window=config.data.window,
         )
         total_steps = self._total_steps(batches)
+        self.loss = self._loss(batches, total_steps)
         split, params, frozen = split_model(self._model(), nnx.Param if config.lora is None else LoraParam)
         optimizer = build_optimizer(config.optimizer, params, total_steps=total_steps, adapters=config.lora is not None)
         state = init_state(params, optimizer)
@@ -313,18 +310,37 @@ class _Run:
                 "same, another workdir, or resume.allow_changes=true"
             )
 
-    def _evaluation(self, split: SplitModel, params: Any, frozen: Any):
-        """The function that evaluates on the held-out data, already compiled; None without such data."""
-        if self.eval_data is None:
-            return None
-        batches = PackedBatches(
-            self.eval_data,
+    def _loss(self, batches: PackedBatches, total_steps: int) -> ModelLoss:
+        """The loss, with room for the targets of the fullest batch of the run, held-out data included."""
+        config = self.config
+        most = batches.most_targets(total_steps, config.accum_steps)
+        if self.eval_data is not None:
+            held_out = self._eval_batches(self.eval_data)
+            most = max(most, held_out.most_targets(held_out.batches_in(0)))
+        return decoder_loss(
+            self.loss_fn,
+            remat=config.remat,
+            compute_dtype=self.compute_dtype,
+            chunk_tokens=config.chunk_tokens,
+            longest=self.longest,
+            most_targets=-(-most // 64) * 64,
+        )
+
+    def _eval_batches(self, data: TokenizedDataset) -> PackedBatches:
+        return PackedBatches(
+            data,
             row_count=self.config.batch_rows,
             row_length=self.config.seq_len,
             packing=self.config.data.packing,
             window=self.config.data.window,
             shuffle=False,
         )
+
+    def _evaluation(self, split: SplitModel, params: Any, frozen: Any):
+        """The function that evaluates on the held-out data, already compiled; None without such data."""
+        if self.eval_data is None:
+            return None
+        batches = self._eval_batches(self.eval_data)
         device = jax.devices()[0]
         first = jax.device_put(batches.batch(Place()), device)
         step = make_eval_step(split, self.loss).lower(params, frozen, first).compile()

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxstack.models import Decoder
 from jaxstack.models.decoder import Remat
-from jaxstack.training.losses import Batch, LossFn, LossParts, chunked, shift_targets
+from jaxstack.training.losses import Batch, LossFn, LossParts, chunked, shift_targets, targets_only
 from jaxstack.training.optimizer import Optimizer
 from jaxstack.training.packed_attention import packed_attention
 
@@ -93,6 +93,7 @@ def decoder_loss(
     compute_dtype: Any = None,
     chunk_tokens: int | None = None,
     longest: int | None = None,
+    most_targets: int | None = None,
 ) -> ModelLoss:
     """The loss of a `Decoder` on packed rows: attention within documents, targets one token ahead.
 
@@ -101,6 +102,7 @@ def decoder_loss(
       remat, compute_dtype: as in `Decoder.hidden`.
       chunk_tokens: compute logits for so many tokens at a time; None for all at once.
       longest: no document has more tokens; None for the length of a row. See `packed_attention`.
+      most_targets: no microbatch has more target tokens; logits are computed for so many. None for every token.
     """
 
     def loss(model: Decoder, batch: Batch) -> LossParts:
@@ -115,6 +117,8 @@ def decoder_loss(
             compute_dtype=compute_dtype,
         )
         targets = {k: v.reshape(-1) for k, v in shift_targets(batch).items()}
+        if most_targets is not None and most_targets < hidden.shape[0]:
+            hidden, targets = targets_only(hidden, targets, most_targets)
         if chunk_tokens:
             return chunked(loss_fn, model.logits, hidden, targets, chunk_tokens)
         return loss_fn(model.logits(hidden), targets)

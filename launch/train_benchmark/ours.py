@@ -77,7 +77,13 @@ class Ours:
         )
         self._state, self._frozen = init_state(params, optimizer), frozen
         row = self._batches[0]["token_ids"].shape[1]
-        loss = decoder_loss(cross_entropy, compute_dtype=jnp.float32, longest=min(row, -(-longest // 16) * 16))
+        most = max(int((batch["loss_mask"] * (batch["positions"] > 0)).sum()) for batch in batches)
+        loss = decoder_loss(
+            cross_entropy,
+            compute_dtype=jnp.float32,
+            longest=min(row, -(-longest // 16) * 16),
+            most_targets=-(-most // 64) * 64,
+        )
         step = make_train_step(split, loss, optimizer)
         loaded = time.perf_counter()
         self._step = step.lower(self._state, frozen, self._batches[0]).compile()

@@ -165,6 +165,19 @@ def test_chunked_head_equals_the_plain_one():
     assert float(parts.aux["accuracy"][0]) == float(expected.aux["accuracy"][0])
 
 
+@pytest.mark.parametrize("options", [{}, {"chunk_tokens": 13}, {"accum_steps": 3}])
+def test_logits_of_target_tokens_alone_give_the_same_loss_and_gradient(options):
+    data = batch(examples(5, seed=8), [[0, 1], [2], [3, 4]], 48, row_count=6)
+    expected, expected_grads = gradients(data)
+    weights = np.asarray(shift_targets(data)["weights"])
+    fullest = int(weights.reshape(options.get("accum_steps", 1), -1).sum(-1).max())
+    for most in (fullest, fullest + 3):
+        parts, grads = gradients(data, most_targets=most, **options)
+        assert float(parts.den) == float(expected.den) > fullest // 2
+        assert relative(parts.num, expected.num) < 1e-6 and relative(grads, expected_grads) < 1e-5
+        assert float(parts.aux["accuracy"][0]) == float(expected.aux["accuracy"][0])
+
+
 def test_remat_and_chunks_change_nothing():
     data = batch(examples(3), [[0, 1], [2]], 48, row_count=6)
     _, expected = gradients(data)

@@ -59,6 +59,19 @@ def test_order_is_a_function_of_seed_and_epoch():
     assert sorted(permutation(9, seed=0, epoch=0)) == list(range(9))
 
 
+@pytest.mark.parametrize("accum_steps", [1, 2])
+def test_most_targets_is_that_of_the_fullest_microbatch(accum_steps):
+    batches = PackedBatches(dataset(examples(50)), row_count=4, row_length=32, seed=3)
+    in_an_epoch = batches.batches_in(0)
+    for steps in (1, in_an_epoch - 1, 2 * in_an_epoch + 1):
+        place, most = Place(), 0
+        for _ in range(steps):
+            arrays = batches.batch(place)
+            targets = (arrays["loss_mask"] * (arrays["positions"] > 0)).reshape(accum_steps, -1).sum(1)
+            most, place = max(most, int(targets.max())), batches.after(place)
+        assert batches.most_targets(steps, accum_steps) == most
+
+
 def test_short_examples_fill_rows():
     items = examples(2000, longest=60)
     assert PackedBatches(dataset(items), row_count=8, row_length=256).fill_rate() > 0.98
