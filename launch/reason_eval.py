@@ -45,7 +45,7 @@ _OPENED = flags.DEFINE_bool(
 )
 _SAMPLE_SEED = flags.DEFINE_integer("sample_seed", 0, "of the sampled answers")
 _CONCURRENCY = flags.DEFINE_integer("concurrency", 32, "answers under way at once")
-_GRADERS = flags.DEFINE_integer("grader_workers", 2, "processes that compare mathematical answers")
+_GRADERS = flags.DEFINE_integer("grader_workers", 2, "mathematical answers compared, or programs run, at once")
 _URL = flags.DEFINE_string("url", None, "endpoint to ask, with the /v1, instead of a model in this process")
 _API_KEY = flags.DEFINE_string("api_key", None, "key for the endpoint")
 _URL_MODEL = flags.DEFINE_string("url_model", None, "the model's name there; by default the first it lists")

@@ -7,6 +7,7 @@ more samples or questions only add to it. An answer's seed comes of the question
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class EvaluationConfig:
         out for an engine in this process, and taken for False behind an endpoint.
       concurrency: answers under way at once.
       retries: further tries of an answer, with pauses that double from `pause_s`.
-      grader_workers: processes that compare mathematical answers.
+      grader_workers: processes that compare mathematical answers, and programs run at once.
       code_limits: of programs.
     """
 
@@ -198,6 +199,8 @@ class Grader:
 
     def __init__(self, config: EvaluationConfig):
         self._limits = config.code_limits
+        # Programs that wait for each other's processors would meet their wall-clock limit.
+        self._programs = threading.Semaphore(config.grader_workers)
         self._math = MathGrader(workers=config.grader_workers)
 
     def __enter__(self) -> "Grader":
@@ -217,7 +220,8 @@ class Grader:
         if kind == "choice":
             return grade_choice(text, question.gold, question.options, thinking=thinking)
         if kind == "code":
-            return grade_code(text, question.gold, limits=self._limits, thinking=thinking)
+            with self._programs:
+                return grade_code(text, question.gold, limits=self._limits, thinking=thinking)
         verdict = countdown.grade(question.gold, text)
         said = text.rpartition("</think>")[2].removesuffix("<eos>").strip()
         return Verdict("correct" if verdict.correct else "wrong", verdict.reason, said)

@@ -1,6 +1,8 @@
 """Programs run for real: what passes, what fails, and that every limit holds."""
 
 import os
+import subprocess
+import sys
 import time
 
 import psutil
@@ -111,6 +113,23 @@ def test_nothing_is_left_behind(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert not os.path.exists(folder)
+
+
+def test_a_program_does_not_outlive_its_grader(tmp_path):
+    note = tmp_path / "pid"
+    program = f"import os, time\nopen({str(note)!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)"
+    code = f"from jaxstack.reasoning.grading.code import CodeTest, run_test\nrun_test({program!r}, CodeTest('', ''))"
+    grader = subprocess.Popen([sys.executable, "-c", code])
+    deadline = time.monotonic() + 60
+    while not note.exists() or not note.read_text():
+        assert time.monotonic() < deadline and grader.poll() is None
+        time.sleep(0.01)
+    grader.kill()
+    grader.wait()
+    pid = int(note.read_text())
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_surroundings():
