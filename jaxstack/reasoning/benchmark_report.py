@@ -47,7 +47,7 @@ class Report:
       majority: accuracy of the vote among all samples of a question; None without samples or for programs.
       lenient: pass@1 (greedy without samples) with the last number where there is no box.
       budgets: tokens -> pass@1 (greedy without samples) when every answer that had not ended by then counts as wrong.
-      groups: name -> pass@1 (greedy without samples) in it.
+      groups: name -> pass@1 (greedy without samples) in it; `group_sizes` says of how many questions.
       outcomes: how many answers of each verdict.
       truncated: answers that met the token limit.
       mean_tokens: of an answer; None where unknown.
@@ -64,6 +64,7 @@ class Report:
     lenient: Interval | None
     budgets: Mapping[int, Interval]
     groups: Mapping[str, Interval]
+    group_sizes: Mapping[str, int]
     outcomes: Mapping[str, int]
     truncated: int
     mean_tokens: float | None
@@ -91,9 +92,11 @@ class Report:
         rows += [(f"pass@{k}", interval) for k, interval in self.pass_at.items()]
         rows += [(f"majority of {self.samples}", self.majority), ("  with last number", self.lenient)]
         rows += [(f"  within {budget} tokens", interval) for budget, interval in self.budgets.items()]
-        rows += [(f"  {name}", interval) for name, interval in self.groups.items()]
         lines = [f"{self.task}: {self.questions} questions, {self.samples} samples each, {self.failed} failed"]
         lines += [f"{name:<28} {interval.describe(self.questions)}" for name, interval in rows if interval is not None]
+        lines += [
+            f"  {f'{name} ({size})':<26} {self.groups[name].describe(size)}" for name, size in self.group_sizes.items()
+        ]
         lines.append("  ".join(f"{name} {count}" for name, count in self.outcomes.items() if count))
         return "\n".join(lines)
 
@@ -122,7 +125,10 @@ def summarise(
     told = [answer.tokens for answer in main if answer.tokens is not None]
     knows_tokens = bool(main) and len(told) == len(main)
     votes = {question: _majority(given) for question, given in by_question.items()}
-    names = sorted({group for group in groups.values() if group})
+    members: dict[str, list[Answer]] = {name: [] for name in sorted({group for group in groups.values() if group})}
+    for answer in main:
+        if groups[answer.question]:
+            members[groups[answer.question]].append(answer)
     return Report(
         task=task,
         model=model,
@@ -136,9 +142,10 @@ def summarise(
         budgets={budget: _within(main, budget) for budget in sorted(set(budgets))} if knows_tokens else {},
         groups={
             name: interval
-            for name in names
-            if (interval := _mean([a for a in main if groups[a.question] == name], lambda answer: answer.correct))
+            for name, given in members.items()
+            if (interval := _mean(given, lambda answer: answer.correct)) is not None
         },
+        group_sizes={name: len({answer.question for answer in given}) for name, given in members.items() if given},
         outcomes={outcome: Counter(answer.outcome for answer in answers)[outcome] for outcome in OUTCOMES},
         truncated=sum(answer.truncated for answer in answers),
         mean_tokens=round(float(np.mean(told)), 2) if knows_tokens else None,

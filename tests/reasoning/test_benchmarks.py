@@ -201,6 +201,8 @@ def test_votes_and_groups():
     report = summarise("t", "m", {"a": "easy", "b": "hard"}, answers, budgets=[5], failed=0)
     assert report.majority is not None and report.majority.mean == 0.5  # b: a tie, 2 was said first
     assert report.groups["easy"].mean == 0.5 and report.groups["hard"].mean == 0.25
+    assert report.group_sizes == {"easy": 1, "hard": 1} and "easy (1)" in report.table()
+    assert "no variation in 1: within 1" in report.table()
     assert report.pass_at[4].mean == 1.0 and report.pass_at[2].mean == pytest.approx((5 / 6 + 1 / 2) / 2)
     assert report.budgets[5].mean == 0.375 and report.mean_tokens == 5.0
     answers[0] = dataclasses.replace(answers[0], tokens=None)
