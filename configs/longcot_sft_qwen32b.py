@@ -28,7 +28,13 @@ QWEN25_32B = DecoderConfig(
     max_position_embeddings=32_768,
 )
 QWEN25_7B = dataclasses.replace(
-    QWEN25_32B, hidden_size=3584, intermediate_size=18_944, num_layers=28, num_heads=28, num_kv_heads=4
+    QWEN25_32B,
+    hidden_size=3584,
+    intermediate_size=18_944,
+    num_layers=28,
+    num_heads=28,
+    num_kv_heads=4,
+    layer_windows=(),
 )
 SEQ_LEN = 16_384
 

@@ -48,9 +48,7 @@ def run() -> Mapping[str, Any]:
 def main() -> None:
     name = chosen_paper(sys.argv[1:])
     if name is not None and name in PAPERS:
-        module = importlib.import_module(PAPERS[name])
-        for flag in flags.FLAGS.get_key_flags_for_module(module.__name__):
-            flags.FLAGS.register_key_flag_for_module("__main__", flag)
+        flags.adopt_module_key_flags(importlib.import_module(PAPERS[name]))
     job.main(run)
 
 

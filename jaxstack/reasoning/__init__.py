@@ -6,7 +6,9 @@ are right, and why not.
 
     countdown.py    Countdown-3: problems, split, canonical search, grader
     traces.py       search traces, direct answers, base-skill documents
-    tokenizer.py    the word-level tokenizer and chat template of the embedded models
+    relay.py        Relay: chains of look-ups; problems, split, traces right and wrong, grader
+    longcot/        thoughts as steps, their perturbations, and the study of what each version teaches
+    tokenizer.py    the word-level tokenizers and chat template of the small models
     evaluation.py   a language model's answers to problems, graded
     datasets.py     named data sets as JSONL files that `jaxstack.training` reads
     benchmarks.py   AIME24, MATH500, LiveCodeBench, ...: asked, graded, reported with intervals, resumable;

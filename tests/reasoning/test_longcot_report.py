@@ -31,7 +31,9 @@ def study(tmp_path_factory):
         folder.mkdir()
         greedy, sampled = ACCURACY.get(cell.name, (0.0, 0.0))
         drawn = {"greedy": rng.random(PROBLEMS) < greedy, "t1": rng.random(PROBLEMS) < sampled}
-        rows = [{mode: {"correct": bool(drawn[mode][i])} for mode in drawn} for i in range(PROBLEMS)]
+        rows = [
+            {"cluster": str(i), **{mode: {"correct": bool(drawn[mode][i])} for mode in drawn}} for i in range(PROBLEMS)
+        ]
         (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         figures = {mode: float(drawn[mode].mean()) for mode in drawn}
         figures |= {"mean_tokens": 100.0 + cell.seed, "carried_on": None, "train_s": 1.0, "evaluate_s": 1.0}

@@ -6,7 +6,7 @@ import pytest
 
 from jaxstack.models.tokenizer import load_tokenizer
 from jaxstack.reasoning import countdown, relay
-from jaxstack.reasoning.longcot.config import DEFAULT_CELLS, FULL_GRID, StudyConfig, study_config
+from jaxstack.reasoning.longcot.config import DEFAULT_CELLS, FULL_GRID, Cell, StudyConfig, study_config
 from jaxstack.reasoning.longcot.steps import split_steps
 from jaxstack.reasoning.longcot.tasks import task_named
 from jaxstack.reasoning.tokenizer import write_tokenizer
@@ -137,6 +137,7 @@ def test_configs():
         ({"task": "sudoku"}, "task 'sudoku' is unknown; expected one of relay, countdown"),
         ({"seeds": 0}, "seeds is 0, expected more than 0"),
         ({"cells": ()}, "no cell is 'correct'"),
+        ({"cells": (*DEFAULT_CELLS["relay"], Cell("reverse"))}, "relay has no cell of kind 'reverse'"),
         ({"width": 30}, "width is 30, expected a multiple of the 4 heads"),
         ({"sft_learning_rate": float("nan")}, "sft_learning_rate is nan"),
         ({"cells": DEFAULT_CELLS["relay"][:1] * 2}, "expected each once"),

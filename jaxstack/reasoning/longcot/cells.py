@@ -20,6 +20,7 @@ from jaxstack.engine import Engine, EngineConfig, SamplingParams
 from jaxstack.models.checkpoint import load_decoder
 from jaxstack.models.tokenizer import load_tokenizer
 from jaxstack.reasoning.longcot.config import BASE, Cell, StudyConfig
+from jaxstack.reasoning.longcot.results import read_summary
 from jaxstack.reasoning.longcot.tasks import Document, prompt_of, task_named
 from jaxstack.reasoning.tokenizer import write_tokenizer
 from jaxstack.runtime.errors import UserError
@@ -131,7 +132,9 @@ class CellRunner:
                     else SamplingParams(temperature=0.0, max_tokens=limit)
                 )
         outputs = engine.generate(prompts, sampling)
-        rows: list[dict[str, Any]] = [{"problem": problem.content} for problem in problems]
+        rows: list[dict[str, Any]] = [
+            {"problem": problem.content, "cluster": str(problem.identity)} for problem in problems
+        ]
         for number, output in enumerate(outputs):
             mode, place = modes[number // len(problems)], number % len(problems)
             completion = output.completions[0]
@@ -151,7 +154,7 @@ class CellRunner:
         if self._engine is None:
             rows = min(64, self.config.problems)
             # No cached prefixes: every problem is asked for twice, and the second answer would hang on the first.
-            config = EngineConfig(max_sequences=rows, max_batch_tokens=max(128, rows), prefix_caching=False)
+            config = EngineConfig(max_sequences=rows, max_batch_tokens=2 * rows, prefix_caching=False)
             decoder = load_decoder(folder)
             self._engine = Engine(decoder, load_tokenizer(self.workdir / "tokenizer"), config)
         else:
@@ -180,17 +183,3 @@ def _wait_for_lock(folder: Path) -> None:
         except UserError:
             time.sleep(_LOCK_PAUSE_S)
     # Whoever it is, it is alive; the trainer says who.
-
-
-def read_summary(folder: Path) -> dict[str, Any] | None:
-    """What a finished cell says; None where it is not finished."""
-    try:
-        return json.loads((folder / "summary.json").read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def read_answers(folder: Path, mode: str) -> list[bool]:
-    """Which problems a finished cell answered correctly in a mode ("greedy", "t1", "no_thinking"), in their order."""
-    lines = (folder / "answers.jsonl").read_text().splitlines()
-    return [json.loads(line)[mode]["correct"] for line in lines]

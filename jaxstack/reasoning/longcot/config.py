@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jaxstack.reasoning.longcot.perturb import KINDS
+from jaxstack.reasoning.relay import WRONG_KINDS
 from jaxstack.runtime.errors import UserError
 
 
@@ -35,6 +37,11 @@ class Cell:
 
 
 BASE = Cell("base")
+TASK_KINDS: Mapping[str, tuple[str, ...]] = {
+    "relay": ("correct", *WRONG_KINDS, *KINDS),
+    "countdown": ("correct", "wrong", *KINDS),
+}
+"""What each task's demonstrations can be."""
 _STRUCTURE = tuple(Cell(kind, part) for kind in ("shuffle", "delete", "insert") for part in (0.33, 0.67, 1.0))
 # What each claim needs; the full grid has all of the paper's fractions, and adapters.
 DEFAULT_CELLS: Mapping[str, tuple[Cell, ...]] = {
@@ -113,6 +120,9 @@ class StudyConfig:
         if len(set(names)) < len(names):
             raise UserError(f"study: cells {', '.join(names)}, expected each once")
         for cell in self.cells:
+            if cell.kind not in TASK_KINDS.get(self.task, ()):
+                known = ", ".join(TASK_KINDS.get(self.task, ()))
+                raise UserError(f"study: {self.task} has no cell of kind {cell.kind!r}, expected one of {known}")
             if not 0 <= cell.fraction <= 1:
                 raise UserError(f"study: cell {cell.name} has fraction {cell.fraction}, expected 0 to 1")
 

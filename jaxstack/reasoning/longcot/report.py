@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
-from jaxstack.reasoning.longcot.cells import read_answers, read_summary
 from jaxstack.reasoning.longcot.config import BASE, Cell, StudyConfig
-from jaxstack.reasoning.longcot.tasks import task_named
+from jaxstack.reasoning.longcot.results import read_answers, read_summary
 from jaxstack.reasoning.statistics import Interval, bootstrap_mean, paired_bootstrap, rule_of_three
 
 PAPER: Mapping[str, Any] = {
@@ -73,25 +72,23 @@ _NAMED_DROPS = {"structure": "shuffle-1", "content": "wrong", "place": "wrongL",
 
 def analyse(config: StudyConfig, workdir: Path) -> dict[str, Any]:
     """The summary of a study whose cells are all done."""
-    task = task_named(config.task)
-    clusters = [problem.identity for problem in task.problems(config.problems)]
+    modes = ("greedy", "t1")
+    clusters = [row["cluster"] for row in read_answers(workdir / BASE.folder)]
 
-    def answers(cell: Cell, mode: str) -> Bool[np.ndarray, "seeds problems"]:
+    def answers(cell: Cell) -> dict[str, Bool[np.ndarray, "seeds problems"]]:
         seeds = (dataclasses.replace(cell, seed=seed) for seed in range(config.seeds))
-        return np.array([read_answers(workdir / seed.folder, mode) for seed in seeds])
+        rows = [read_answers(workdir / seed.folder) for seed in seeds]
+        return {mode: np.array([[row[mode]["correct"] for row in of_seed] for of_seed in rows]) for mode in modes}
 
-    correct = next(cell for cell in config.cells if cell.name == "correct")
-    reference = {mode: answers(correct, mode) for mode in ("greedy", "t1")}
+    reference = answers(next(cell for cell in config.cells if cell.name == "correct"))
     base = read_summary(workdir / BASE.folder)
     assert base is not None
     rows: list[dict[str, Any]] = []
     drops: dict[str, dict[str, Interval]] = {}
     for cell in config.cells:
         runs = [read_summary(workdir / dataclasses.replace(cell, seed=s).folder) or {} for s in range(config.seeds)]
-        table = {mode: answers(cell, mode) for mode in ("greedy", "t1")}
-        drops[cell.name] = {
-            mode: paired_bootstrap(reference[mode], table[mode], clusters=clusters) for mode in ("greedy", "t1")
-        }
+        table = answers(cell)
+        drops[cell.name] = {mode: paired_bootstrap(reference[mode], table[mode], clusters=clusters) for mode in modes}
         greedy = bootstrap_mean(table["greedy"], clusters=clusters)
         sampled = bootstrap_mean(table["t1"], clusters=clusters)
         rows.append(

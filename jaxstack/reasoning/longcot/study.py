@@ -17,7 +17,7 @@ from typing import Any
 
 from jaxstack.reasoning.longcot.config import BASE, Cell, StudyConfig
 from jaxstack.reasoning.longcot.report import analyse, report_text, study_plot
-from jaxstack.reasoning.longcot.tasks import task_named
+from jaxstack.reasoning.longcot.results import read_summary
 from jaxstack.reasoning.longcot.workers import Worker, core_shares, usable_cores
 from jaxstack.runtime.errors import UserError
 from jaxstack.runtime.metrics import read_rows, write_atomically, write_summary
@@ -156,7 +156,7 @@ class _Study:
 
     def _worker_count(self) -> int:
         wanted = self.config.workers or min(_MOST_WORKERS, usable_cores())
-        if wanted > 1 and json.loads((self.workdir / BASE.folder / "summary.json").read_text())["backend"] != "cpu":
+        if wanted > 1 and (read_summary(self.workdir / BASE.folder) or {})["backend"] != "cpu":
             return 1  # a process takes an accelerator's memory for itself
         return wanted
 
@@ -179,10 +179,6 @@ class _Study:
 
 def _check_same_study(config: StudyConfig, workdir: Path) -> None:
     """Remembers what a study is, and refuses to go on with another one in its folder."""
-    kinds = ("correct", *task_named(config.task).kinds)
-    for cell in config.cells:
-        if cell.kind not in kinds:
-            raise UserError(f"study: the kind {cell.kind!r} is unknown to {config.task}; expected {', '.join(kinds)}")
     file = workdir / "study.json"
     now = json.loads(json.dumps(config.as_json()))
     if file.exists():

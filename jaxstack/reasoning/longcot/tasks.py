@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxstack.models import DecoderConfig
 from jaxstack.reasoning import countdown, relay, traces
-from jaxstack.reasoning.longcot.perturb import KINDS, Noise, perturb, random_digits
+from jaxstack.reasoning.longcot.perturb import Noise, perturb, random_digits
 from jaxstack.reasoning.longcot.steps import keyword_spans, split_steps
 from jaxstack.reasoning.tokenizer import BOS, EOS, PAD, RELAY_VOCABULARY, VOCABULARY
 from jaxstack.reasoning.traces import END_THINK, THINK
@@ -57,7 +57,6 @@ class StudyTask(Protocol):
       vocabulary: the words of its tokenizer, in order of their ids.
       no_thinking: whether the model also answers with its thought closed at once.
       seq_len, max_tokens: length of a packed row, and of an answer.
-      kinds: perturbations it knows besides "correct".
     """
 
     name: str
@@ -65,7 +64,6 @@ class StudyTask(Protocol):
     no_thinking: bool
     seq_len: int
     max_tokens: int
-    kinds: tuple[str, ...]
 
     def model(self, width: int, layers: int) -> DecoderConfig:
         """The decoder that is trained from scratch, of so many features and layers."""
@@ -138,7 +136,6 @@ class RelayTask:
     no_thinking = False
     seq_len = 288
     max_tokens = 278
-    kinds: tuple[str, ...] = (*relay.WRONG_KINDS, *KINDS)
 
     def model(self, width: int, layers: int) -> DecoderConfig:
         return small_decoder(self.vocabulary, width, layers, tied=False)
@@ -194,7 +191,6 @@ class CountdownTask:
     no_thinking = True
     seq_len = 272
     max_tokens = 150
-    kinds: tuple[str, ...] = ("wrong", *KINDS)
 
     def model(self, width: int, layers: int) -> DecoderConfig:
         return small_decoder(self.vocabulary, width, layers, tied=True)
