@@ -21,7 +21,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxstack.models import Decoder
 from jaxstack.models.decoder import Remat
-from jaxstack.training.losses import Batch, LossFn, LossParts, chunked, shift_targets, targets_only
+from jaxstack.models.moe import RouterSums, load_balancing_loss
+from jaxstack.runtime.errors import UserError
+from jaxstack.training.losses import Batch, LossFn, LossParts, Targets, chunked, shift_targets, targets_only
 from jaxstack.training.optimizer import Optimizer
 from jaxstack.training.packed_attention import packed_attention
 
@@ -94,6 +96,7 @@ def decoder_loss(
     chunk_tokens: int | None = None,
     longest: int | None = None,
     most_targets: int | None = None,
+    router_aux_loss_coef: float | None = None,
 ) -> ModelLoss:
     """The loss of a `Decoder` on packed rows: attention within documents, targets one token ahead.
 
@@ -103,27 +106,49 @@ def decoder_loss(
       chunk_tokens: compute logits for so many tokens at a time; None for all at once.
       longest: no document has more tokens; None for the length of a row. See `packed_attention`.
       most_targets: no microbatch has more target tokens; logits are computed for so many. None for every token.
+      router_aux_loss_coef: of a mixture of experts, to add so many times its `load_balancing_loss` to the loss, and to
+        log it as `router_aux_loss`; 0 only logs it, None leaves it out. Padding does not count. Not a mean over tokens,
+        it is that of each microbatch, averaged over microbatches by their targets.
     """
 
     def loss(model: Decoder, batch: Batch) -> LossParts:
+        if router_aux_loss_coef is not None and model.config.moe is None:
+            raise UserError(f"router_aux_loss_coef={router_aux_loss_coef}: the model has no experts; expected none")
         # Flat from here on: see packed_attention.
         flat = {k: v.reshape(-1) for k, v in batch.items()}
-        hidden, _ = model.hidden(
+        hidden, _, routing = model.hidden_and_routing(
             flat["token_ids"],
             flat["positions"],
             packed_attention(batch["positions"], longest=longest),
+            None,
+            None if router_aux_loss_coef is None else flat["segment_ids"] != 0,
             adapter_ids=flat.get("adapter_ids"),
             remat=remat,
             compute_dtype=compute_dtype,
         )
         targets = {k: v.reshape(-1) for k, v in shift_targets(batch).items()}
+        if "adapter_ids" in flat:  # of the tokens that predict, for the output head's own adapters
+            targets["adapter_ids"] = flat["adapter_ids"]
         if most_targets is not None and most_targets < hidden.shape[0]:
             hidden, targets = targets_only(hidden, targets, most_targets)
+
+        def from_hidden(hidden: Array, targets: Targets) -> LossParts:
+            return loss_fn(model.logits(hidden, targets.get("adapter_ids")), targets)
+
         if chunk_tokens:
-            return chunked(loss_fn, model.logits, hidden, targets, chunk_tokens)
-        return loss_fn(model.logits(hidden), targets)
+            parts = chunked(from_hidden, lambda piece: piece, hidden, targets, chunk_tokens)
+        else:
+            parts = from_hidden(hidden, targets)
+        return parts if routing is None else _with_router_loss(parts, routing, router_aux_loss_coef or 0.0)
 
     return loss
+
+
+def _with_router_loss(parts: LossParts, routing: RouterSums, coef: float) -> LossParts:
+    # Times the denominator, since the sum of the numerators is divided by the sum of the denominators.
+    weighed = load_balancing_loss(routing) * parts.den
+    aux = {**parts.aux, "router_aux_loss": (jax.lax.stop_gradient(weighed), parts.den)}
+    return LossParts(parts.num + coef * weighed, parts.den, aux)
 
 
 def init_state(params: Params, optimizer: Optimizer) -> TrainState:
