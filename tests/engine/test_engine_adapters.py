@@ -310,12 +310,11 @@ def test_refusals(engine, folders, tmp_path):
         engine.unload_adapter("ghost")
     with pytest.raises(UserError, match=r"no adapter_config\.json"):
         engine.load_adapter("none", tmp_path)
-    config = (made["one"] / "adapter_config.json").read_text()
-    dora = tmp_path / "dora"
-    dora.mkdir()
-    (dora / "adapter_config.json").write_text(config.replace('"use_dora": false', '"use_dora": true'))
-    with pytest.raises(UserError, match="use_dora is true, a variant that is not supported"):
-        engine.load_adapter("dora", dora)
+    model, dora = decoder(), lora.LoraConfig(r=2, use_dora=True)
+    lora.attach(model, dora)
+    save_peft(model, tmp_path / "dora", dora)
+    with pytest.raises(UserError, match="use_dora is true, which the slots of a server do not hold"):
+        engine.load_adapter("dora", tmp_path / "dora")
     with pytest.raises(UserError, match="has rank 5, expected at most max_adapter_rank = 4"):
         engine.load_adapter("wide", made["wide"])
     engine.load_adapter("one", made["one"])

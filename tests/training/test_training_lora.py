@@ -185,6 +185,27 @@ def test_a_fresh_dora_changes_nothing_and_its_magnitudes_scale_columns():
     np.testing.assert_allclose(forward(lora.merge(model), tokens), 2 * before, atol=2e-5)
 
 
+def test_the_heads_adapter_follows_adapter_ids_in_the_loss_too():
+    model, plain = decoder(), decoder()
+    config = lora.LoraConfig(r=2, targets=("lm_head",))
+    lora.attach(model, config)
+    (name, factors), *_ = lora.adapter_factors(model, config).items()
+    lora.set_adapters(model, [{name: dataclasses.replace(factors, b=np.eye(2, 61, dtype=np.float32))}])
+    data = batch([Example(np.arange(9, dtype=np.int32), np.arange(9) > 2)], [[0]], 16)
+    split, params, frozen = split_model(model, LoraParam)
+    nothing, one = (
+        {**data, "adapter_ids": jnp.full(data["token_ids"].shape, adapter, jnp.int32)} for adapter in (0, 1)
+    )
+    losses = [decoder_loss(cross_entropy, **options) for options in ({}, {"chunk_tokens": 5}, {"most_targets": 8})]
+    run = jax.jit(lambda batch: [loss(split.merge(params, frozen), batch).num for loss in losses])
+    graphdef, state = nnx.split(plain)
+    expected = jax.jit(lambda state: losses[0](nnx.merge(graphdef, state), data).num)(state)
+    np.testing.assert_allclose(run(nothing), [expected] * 3, rtol=1e-5)
+    adapted = np.asarray(run(one))
+    np.testing.assert_allclose(adapted, adapted[0], rtol=1e-5)
+    assert abs(adapted[0] - expected) > 1e-2
+
+
 def test_three_adapters_in_one_batch_equal_three_separate_runs(tmp_path):
     rng = np.random.default_rng(0)
     folders = []
