@@ -97,9 +97,3 @@ def test_over_http(tmp_path: Path, url: str) -> None:
         "3": "wrong: 0 is not 43",
     }
     assert len(Endpoint.asked) == 6 and "generate: 100%" in done.stderr
-
-
-def test_bad_usage() -> None:
-    done = run("--url=http://127.0.0.1:9/v1")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: --problems is missing; expected files of problems\n"

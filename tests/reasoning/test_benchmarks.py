@@ -1,4 +1,4 @@
-"""Evaluation from files of the published forms to a report: scripted models, resumed runs, failures, a real engine."""
+"""Evaluation from files of the published forms to a report, by scripted models: figures, resumed runs, failures."""
 
 import dataclasses
 import json
@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxstack.engine import Completion, Engine, EngineConfig, EngineDead, SamplingParams
-from jaxstack.models.embedded import embedded_model
+from jaxstack.engine import Completion, EngineDead, SamplingParams
 from jaxstack.reasoning.benchmark_report import Answer, summarise
 from jaxstack.reasoning.benchmark_tasks import find_task, load_questions
 from jaxstack.reasoning.benchmarks import EvaluationConfig, evaluate
 from jaxstack.runtime.errors import UserError
-from jaxstack.serving import EngineModel, RequestResult
+from jaxstack.serving import RequestResult
 
 CONFIG = EvaluationConfig(
     samples=4, sampling=SamplingParams(max_tokens=100, temperature=0.6), concurrency=3, pause_s=0.0
@@ -218,25 +217,3 @@ def test_bad_settings():
     ):
         with pytest.raises(UserError, match=message):
             EvaluationConfig(**settings)  # type: ignore[arg-type]
-
-
-def test_the_embedded_model(tmp_path: Path):
-    """A real engine, asked from several threads; its prompt opens the thought."""
-    task = find_task("countdown")
-    questions = load_questions(task, limit=16)
-    settings = EngineConfig(max_sequences=8, max_batch_tokens=64, num_pages=200)
-    with_engine = Engine.from_folder(embedded_model(), settings)
-    try:
-        with_engine.start(progress=False)
-        config = EvaluationConfig(
-            samples=2, sampling=SamplingParams(max_tokens=150), budgets=(40, 150), concurrency=8, retries=0
-        )
-        report = evaluate(
-            EngineModel(with_engine), task, questions, config, tmp_path, label="countdown", progress=False
-        )
-    finally:
-        with_engine.close()
-    assert report.greedy is not None and report.greedy.mean >= 0.6 and report.failed == 0
-    assert report.pass_at[2].mean >= report.pass_at[1].mean > 0
-    assert report.budgets[40].mean < report.budgets[150].mean == report.pass_at[1].mean
-    assert report.mean_tokens is not None and 20 < report.mean_tokens < 150
