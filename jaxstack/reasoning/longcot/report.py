@@ -141,7 +141,7 @@ def report_text(summary: Mapping[str, Any]) -> str:
     lines = [
         f"# Structure or content? Long-CoT study on {summary['task']}",
         "",
-        f"{summary['problems']} held-out problems, {summary['seeds']} seeds a cell, 95 % intervals over problems and "
+        f"{summary['problems']} held-out problems, {_seeds(summary)} a cell, 95 % intervals over problems and "
         f"seeds, paired. Base model: {_number(summary['base_accuracy']['think'])}.",
         "",
         "| cell | greedy | T=1 | drop | paper's drop (points) | tokens | keywords | right | carried on "
@@ -216,7 +216,7 @@ def study_plot(summary: Mapping[str, Any], path: Path) -> None:
     axes.set_xticks(places, [row["name"] for row in rows], rotation=30, ha="right")
     axes.set_ylabel("accuracy on held-out problems")
     axes.set_ylim(0, 1.05)
-    axes.set_title(f"{summary['task']}: {summary['seeds']} seeds, {summary['problems']} problems, 95 % intervals")
+    axes.set_title(f"{summary['task']}: {_seeds(summary)}, {summary['problems']} problems, 95 % intervals")
     axes.legend()
     figure.savefig(path, dpi=110)
 
@@ -237,6 +237,10 @@ def _drop_figures(figure: str, drop: Mapping[str, Interval], problems: int) -> d
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
+
+
+def _seeds(summary: Mapping[str, Any]) -> str:
+    return "1 seed" if summary["seeds"] == 1 else f"{summary['seeds']} seeds"
 
 
 def _number(value: float | None, digits: int = 3) -> str:
