@@ -45,6 +45,8 @@ class SftConfig:
       keep: which checkpoints stay.
       remat: what the backward pass recomputes: nothing, all but matrix products ("dots"), or every layer ("full").
       chunk_tokens: compute logits for so many tokens at a time; for vocabularies above ~32k.
+      router_aux_loss_coef: of a mixture of experts: adds so many times the load-balancing loss of its routers to the
+        trained loss, not to that of held-out data (`decoder_loss`); 0 only logs it, None leaves it out.
       param_dtype: of parameters in memory. bfloat16 for the frozen model under `lora` only: full training needs float32
         masters, since most updates are below half a bfloat16 ulp and would vanish.
       compute_dtype: of activations; "auto" is float32 on CPU and bfloat16 elsewhere.
@@ -69,6 +71,7 @@ class SftConfig:
     keep: Keep = dataclasses.field(default_factory=Keep)
     remat: Remat = "none"
     chunk_tokens: int | None = None
+    router_aux_loss_coef: float | None = None
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     export_dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -82,6 +85,9 @@ class SftConfig:
         for name in ("max_steps", "save_every", "eval_every", "chunk_tokens"):
             if getattr(self, name) is not None:
                 _require(name, getattr(self, name), at_least=1)
+        coef = self.router_aux_loss_coef
+        if coef is not None and not 0 <= coef < math.inf:
+            raise UserError(f"router_aux_loss_coef={coef}: expected a number of at least 0, or none")
         if self.max_steps is None and self.epochs is None:
             raise UserError("max_steps and epochs are both none; expected one of them, or the run has no end")
         if self.epochs is not None and not (self.epochs > 0 and math.isfinite(self.epochs)):

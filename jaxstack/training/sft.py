@@ -2,12 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -239,7 +240,9 @@ class _Run:
             window=config.data.window,
         )
         total_steps = self._total_steps(batches)
-        self.loss = self._loss(batches, total_steps)
+        loss_of, coef = self._loss(batches, total_steps), config.router_aux_loss_coef
+        self.loss = loss_of(router_aux_loss_coef=coef)
+        self.eval_loss = loss_of(router_aux_loss_coef=None if coef is None else 0.0)
         split, params, frozen = split_model(self._model(), nnx.Param if config.lora is None else LoraParam)
         optimizer = build_optimizer(config.optimizer, params, total_steps=total_steps, adapters=config.lora is not None)
         state = init_state(params, optimizer)
@@ -310,14 +313,15 @@ class _Run:
                 "same, another workdir, or resume.allow_changes=true"
             )
 
-    def _loss(self, batches: PackedBatches, total_steps: int) -> ModelLoss:
+    def _loss(self, batches: PackedBatches, total_steps: int) -> Callable[..., ModelLoss]:
         """The loss, with room for the targets of the fullest batch of the run, held-out data included."""
         config = self.config
         most = batches.most_targets(total_steps, config.accum_steps)
         if self.eval_data is not None:
             held_out = self._eval_batches(self.eval_data)
             most = max(most, held_out.most_targets(held_out.batches_in(0)))
-        return decoder_loss(
+        return functools.partial(
+            decoder_loss,
             self.loss_fn,
             remat=config.remat,
             compute_dtype=self.compute_dtype,
@@ -343,7 +347,7 @@ class _Run:
         batches = self._eval_batches(self.eval_data)
         device = jax.devices()[0]
         first = jax.device_put(batches.batch(Place()), device)
-        step = make_eval_step(split, self.loss).lower(params, frozen, first).compile()
+        step = make_eval_step(split, self.eval_loss).lower(params, frozen, first).compile()
 
         def evaluate(params: Any, stop: StopFlag) -> dict[str, float] | None:
             num = den = 0.0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from tiny_decoder import CONFIG, batch, decoder, examples
 from jaxstack.models import MoeConfig
 from jaxstack.models.moe import load_balancing_loss
 from jaxstack.runtime.errors import UserError
+from jaxstack.training import DataConfig, OptimizerConfig, SftConfig, train_sft
 from jaxstack.training.losses import cross_entropy
 from jaxstack.training.packed_attention import packed_attention
 from jaxstack.training.step import decoder_loss, loss_gradients, split_model
@@ -20,6 +22,7 @@ from jaxstack.training.step import decoder_loss, loss_gradients, split_model
 SPARSE = dataclasses.replace(
     CONFIG,
     architecture="Qwen3MoeForCausalLM",
+    layer_windows=(),
     moe=MoeConfig(num_experts=4, experts_per_token=2, intermediate_size=16),
 )
 
@@ -73,6 +76,31 @@ def test_microbatches_weigh_by_their_targets():
     assert float(parts.num) == pytest.approx(sum(float(h.num) for h in found), rel=1e-5)
     assert float(parts.den) == sum(float(h.den) for h in found)
     assert all(np.isfinite(np.asarray(g)).all() for g in grads.values())
+
+
+def test_fine_tuning_trains_with_it_and_evaluates_without(tmp_path):
+    rows = [{"token_ids": e.token_ids.tolist(), "loss_mask": e.loss_mask.astype(int).tolist()} for e in examples(6)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    path = (str(tmp_path / "rows.jsonl"),)
+    config = SftConfig(
+        model=SPARSE,
+        data=DataConfig(paths=path, eval_paths=path),
+        optimizer=OptimizerConfig(learning_rate=1e-12, schedule="constant"),
+        batch_rows=4,
+        seq_len=48,
+        max_steps=2,
+        log_every=1,
+        eval_every=1,
+        router_aux_loss_coef=0.5,
+    )
+    result = train_sft(config, tmp_path / "run", progress=False)
+    assert result.summary["recompilations"] == 0
+    found = {}
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        found |= json.loads(line)
+    # The same rows, and no learning: the two losses differ by the term alone.
+    assert found["eval_router_aux_loss"] == pytest.approx(found["router_aux_loss"], rel=1e-5) and found["eval_loss"] > 1
+    assert found["loss"] - found["eval_loss"] == pytest.approx(0.5 * found["router_aux_loss"], rel=1e-4)
 
 
 def test_a_model_without_experts_is_refused():
