@@ -92,6 +92,7 @@ class Decoder(nnx.Module):
         use_embeddings: Bool[Array, "... T"] | None = None,
         remat: Remat = "none",
         compute_dtype: jnp.dtype | None = None,
+        pin: Callable[[Float[Array, "... T D"]], Float[Array, "... T D"]] = lambda x: x,
     ) -> tuple[Float[Array, "... T D"], Any]:
         """Everything up to and including the final norm.
 
@@ -106,6 +107,7 @@ class Decoder(nnx.Module):
           remat: what a backward pass recomputes in each layer: nothing, all but the weight products ("dots"), or
             everything.
           compute_dtype: dtype of activations; None for the embedding's.
+          pin: called with the activations between layers: says where they lie on a mesh of devices.
         """
         hidden, cache, _ = self.hidden_and_routing(
             tokens,
@@ -118,6 +120,7 @@ class Decoder(nnx.Module):
             use_embeddings=use_embeddings,
             remat=remat,
             compute_dtype=compute_dtype,
+            pin=pin,
         )
         return hidden, cache
 
@@ -134,6 +137,7 @@ class Decoder(nnx.Module):
         use_embeddings: Bool[Array, "... T"] | None = None,
         remat: Remat = "none",
         compute_dtype: jnp.dtype | None = None,
+        pin: Callable[[Float[Array, "... T D"]], Float[Array, "... T D"]] = lambda x: x,
     ) -> tuple[Float[Array, "... T D"], Any, RouterSums | None]:
         """`hidden`, and what the routers of all layers did with the tokens that are `counted`; None without `counted`
         or without experts.
@@ -144,6 +148,7 @@ class Decoder(nnx.Module):
         if input_embeddings is not None:
             given = input_embeddings.astype(x.dtype)
             x = given if use_embeddings is None else jnp.where(use_embeddings[..., None], given, x)
+        x = pin(x)
         windows = jnp.array([w or FULL_WINDOW for w in config.layer_windows], jnp.int32)
         rotation_of, rotations = _rotations(config, positions)
         indices = jnp.arange(config.num_layers, dtype=jnp.int32)
@@ -158,7 +163,7 @@ class Decoder(nnx.Module):
                 context = LayerContext(index, window, config.attention_scale, config.attention_softcap)
                 layer = layer_of(weights, index)
                 x, cache, sums = layer.routed(x, *rotation_of(turn), attend, context, cache, adapter_ids, counted)
-                return (x, cache), sums
+                return (pin(x), cache), sums
 
             if remat == "full":
                 body = jax.checkpoint(body, prevent_cse=False)

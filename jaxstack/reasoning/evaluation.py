@@ -3,9 +3,11 @@
 import dataclasses
 from collections.abc import Sequence
 
-from jaxstack.engine import SamplingParams
+from jaxstack.engine import RequestOutput, SamplingParams
+from jaxstack.models.tokenizer import Tokenizer
 from jaxstack.reasoning.countdown import Problem, grade
 from jaxstack.serving import LanguageModel
+from jaxstack.training import GenerationEval
 
 # The longest search has 132 tokens.
 MAX_TOKENS = 150
@@ -40,6 +42,35 @@ def answer_problems(
         verdict = grade(problem, result.text)
         outcomes.append(Outcome(problem, result.text, verdict.correct, verdict.reason, result.completion_tokens))
     return outcomes
+
+
+def evaluation_in_training(
+    problems: Sequence[Problem], tokenizer: Tokenizer, *, thinking: bool, sampling: SamplingParams | None = None
+) -> GenerationEval:
+    """For `jaxstack.training.train_sft`: at every evaluation the model being trained answers these problems.
+
+    Scores are `accuracy`, `tokens` (of an answer, on average) and `unfinished` (the share of answers that ran into the
+    limit of tokens).
+
+    Args: as of `answer_problems`; `tokenizer` is the model's.
+    """
+
+    def score(outputs: Sequence[RequestOutput]) -> dict[str, float]:
+        answers = [output.completions[0] for output in outputs]
+        correct = [grade(problem, answer.text).correct for problem, answer in zip(problems, answers)]
+        count = len(answers)
+        return {
+            "accuracy": sum(correct) / count,
+            "tokens": sum(len(answer.token_ids) for answer in answers) / count,
+            "unfinished": sum(answer.finish_reason == "length" for answer in answers) / count,
+        }
+
+    texts = (
+        tokenizer.render_chat([{"role": "user", "content": problem.content}], enable_thinking=thinking)
+        for problem in problems
+    )
+    prompts = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    return GenerationEval(prompts, score, sampling or SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS))
 
 
 def accuracy(outcomes: Sequence[Outcome]) -> float:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxstack.runtime.errors import UserError
 
@@ -128,6 +129,7 @@ class Checkpointer:
         if step in self._manager.all_steps():
             return
         args = self._ocp.args
+        arrays = jax.tree.map(_on_host, arrays)
         try:
             self._manager.save(
                 step,
@@ -222,6 +224,14 @@ def _abstract(leaf: Any) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
+
+
+def _on_host(leaf: Any) -> Any:
+    """An array over several devices as a whole on the host. Orbax would deal the writing of its copies out over them by
+    slicing each array, and every slice is one more program to compile.
+    """
+    several = isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
+    return np.asarray(leaf) if several else leaf
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from jaxstack.runtime.checkpoint import Keep
 from jaxstack.runtime.errors import UserError
 from jaxstack.training.data import DataConfig
 from jaxstack.training.optimizer import OptimizerConfig
+from jaxstack.training.sharding import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,8 @@ class SftConfig:
       accum_steps: microbatches in a step; token-exact, so the product with batch_rows is what counts.
       seq_len: tokens in a row.
       max_steps, epochs: length of the run; the shorter of the two if both are given.
-      log_every, save_every, eval_every: in steps; None for at the end only.
+      log_every, save_every, eval_every: in steps; None for at the end only. An evaluation takes the held-out data and
+        what the model writes, whichever the run was given.
       keep: which checkpoints stay.
       remat: what the backward pass recomputes: nothing, all but matrix products ("dots"), or every layer ("full").
       chunk_tokens: compute logits for so many tokens at a time; for vocabularies above ~32k.
@@ -51,6 +53,7 @@ class SftConfig:
         masters, since most updates are below half a bfloat16 ulp and would vanish.
       compute_dtype: of activations; "auto" is float32 on CPU and bfloat16 elsewhere.
       export_dtype: of the saved model; None for param_dtype.
+      mesh: the devices that share the run; one by default. A run may go on with another mesh.
       seed: of a fresh model, adapters and the order of the data.
       resume: what happens in a workdir that holds checkpoints.
     """
@@ -75,6 +78,7 @@ class SftConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     export_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     seed: int = 0
     resume: ResumeConfig = dataclasses.field(default_factory=ResumeConfig)
 
@@ -104,6 +108,12 @@ class SftConfig:
             raise UserError(
                 "param_dtype='bfloat16' without lora: most updates would round to nothing; expected float32"
             )
+        for name in ("batch_rows", "chunk_tokens"):
+            if (size := getattr(self, name)) is not None and size % self.mesh.row_shares:
+                raise UserError(
+                    f"{name}={size}: expected a multiple of mesh.data * mesh.fsdp = {self.mesh.row_shares}, the "
+                    "devices that rows are dealt out over"
+                )
         if not isinstance(self.model, str | DecoderConfig):
             raise UserError(f"model={self.model!r}: expected a folder or a DecoderConfig")
 

@@ -1,6 +1,6 @@
-"""Training examples: rows of a JSONL file, or any sequence in memory, to token ids with a loss mask.
+"""Training examples: rows of JSONL or Parquet files, or any sequence in memory, to token ids with a loss mask.
 
-A row is one of
+A row, in a Parquet file with these names as columns, is one of
 
     {"messages": [{"role": "user", "content": ...}, ...]}          rendered with the tokenizer's chat template
     {"conversations": [{"from": "human", "value": ...}, ...]}      ShareGPT, with an optional "system"
@@ -24,6 +24,7 @@ from jaxtyping import Bool, Int32, Int64
 from jaxstack.models.tokenizer import Tokenizer
 from jaxstack.runtime.errors import UserError
 from jaxstack.training.chat import MaskPolicy, messages_of_sharegpt, render
+from jaxstack.training.parquet import files_of, is_parquet, read_parquet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +32,10 @@ class DataConfig:
     """Where examples come from and how they become rows.
 
     Attributes:
-      paths: JSONL files, read in order.
+      paths: JSONL and Parquet files, read in order; a folder stands for the Parquet files in it, by name.
       dataset: name of a data set that the launcher generates into the workdir when `paths` is empty.
       dataset_size: examples to generate.
-      eval_paths: JSONL files to evaluate on; empty for none.
+      eval_paths: files to evaluate on; empty for none.
       mask: which tokens of a conversation are trained.
       overflow: what happens to an example longer than a row: "drop" and "truncate" are counted, "error" stops.
       on_bad_row: "error" stops at a row that is not an example, "skip" counts it.
@@ -95,6 +96,7 @@ class DataReport:
     truncated: int = 0
     dropped_without_targets: int = 0
     skipped_bad_rows: int = 0
+    first_bad_row: str | None = None
     first_without_targets: str | None = None
 
     def as_json(self) -> dict[str, int]:
@@ -103,13 +105,21 @@ class DataReport:
     def line(self) -> str:
         """One line for people; names only what happened."""
         parts = [f"{self.examples} examples, {self.tokens} tokens, {self.target_tokens} of them targets"]
-        losses = {
-            "dropped as too long": self.dropped_too_long,
-            "truncated": self.truncated,
-            "dropped without targets": self.dropped_without_targets,
-            "bad rows skipped": self.skipped_bad_rows,
-        }
-        return "; ".join(parts + [f"{count} {what}" for what, count in losses.items() if count])
+        return "; ".join(parts + self.losses())
+
+    def losses(self) -> list[str]:
+        """What was lost of the rows, one entry a reason, with its part of them and the first of them where known."""
+        reasons = (
+            ("dropped as too long", self.dropped_too_long, None),
+            ("truncated", self.truncated, None),
+            ("dropped without targets", self.dropped_without_targets, self.first_without_targets),
+            ("bad rows skipped", self.skipped_bad_rows, self.first_bad_row),
+        )
+        return [
+            f"{count} {what} ({count / self.rows:.1%} of rows{f', the first {first}' if first else ''})"
+            for what, count, first in reasons
+            if count
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +176,14 @@ def read_jsonl(paths: Sequence[str | Path]) -> Iterator[tuple[str, Any]]:
             ) from error
 
 
+def read_rows(paths: Sequence[str | Path]) -> Iterator[tuple[str, Any]]:
+    """(where, row) of every row of JSONL and Parquet files, a few rows in memory at a time; as `read_jsonl` and
+    `read_parquet`.
+    """
+    for path in paths:
+        yield from read_parquet(path) if is_parquet(path) else read_jsonl([path])
+
+
 def tokenize_row(row: Mapping[str, Any] | Example, tokenizer: Tokenizer | None, config: DataConfig) -> Example:
     """One row as an example, unlimited in length.
 
@@ -192,6 +210,8 @@ def tokenize_row(row: Mapping[str, Any] | Example, tokenizer: Tokenizer | None, 
                 found = _brief(message.get("content"))
                 raise UserError(f"messages[{number}].content: found {found}, expected a string")
         variables = row.get("chat_template_kwargs") or {}
+        if not isinstance(variables, Mapping):
+            raise UserError(f"chat_template_kwargs: found {_brief(variables)}, expected an object")
         return Example(*render(tokenizer, messages, mask=config.mask, **variables))
     if "prompt" in row and "response" in row:
         for name in ("prompt", "response"):
@@ -265,6 +285,8 @@ def build_dataset(
         except UserError as error:
             if config.on_bad_row == "skip":
                 report.skipped_bad_rows += 1
+                found = str(error) if isinstance(row, UserError) else f"{where}: {error}"
+                report.first_bad_row = report.first_bad_row or found
                 continue
             if isinstance(row, UserError):
                 raise
@@ -311,17 +333,18 @@ def load_dataset(
     cache_folder: Path | None = None,
     cache_key: str = "",
 ) -> TokenizedDataset:
-    """`build_dataset` of JSONL files, kept in `cache_folder` under a digest of everything that shapes it.
+    """`build_dataset` of JSONL and Parquet files, kept in `cache_folder` under a digest of everything that shapes it.
 
     Args:
       cache_key: what else shapes the result, that is the tokenizer's files.
 
     Raises:
-      UserError: see `read_jsonl` and `build_dataset`.
+      UserError: see `read_jsonl`, `read_parquet` and `build_dataset`.
     """
+    paths = [file for path in paths for file in files_of(path)]
 
     def build() -> TokenizedDataset:
-        return build_dataset(read_jsonl(paths), tokenizer, config, row_length=row_length, vocab_size=vocab_size)
+        return build_dataset(read_rows(paths), tokenizer, config, row_length=row_length, vocab_size=vocab_size)
 
     if cache_folder is None:
         return build()
@@ -333,7 +356,8 @@ def load_dataset(
             with open(path, "rb") as file:
                 key.update(hashlib.file_digest(file, "sha256").digest())
         except OSError as error:
-            raise UserError(f"data file {str(path)!r}: {error.strerror}; expected a JSONL file") from error
+            kind = "Parquet" if is_parquet(path) else "JSONL"
+            raise UserError(f"data file {str(path)!r}: {error.strerror}; expected a {kind} file") from error
     file_path = cache_folder / f"{key.hexdigest()[:32]}.npz"
     if (cached := _read_cache(file_path)) is not None:
         return cached

@@ -27,8 +27,11 @@ from jaxstack.training.step import Metrics, Params, TrainState
 
 _log = logging.getLogger(__name__)
 
-TIMING_FIELDS = ("tokens_per_s", "step_time_s", "data_wait_s", "memory_bytes")
+TIMING_FIELDS = ("tokens_per_s", "mfu", "step_time_s", "data_wait_s", "memory_bytes")
 """Fields of a metrics row that differ between two runs of the same job; all others are reproducible."""
+
+SCORE = "score_"
+"""How the names of a generation's scores begin in a row of metrics."""
 
 # Steps that may be dispatched and not yet looked at. Two keep the device busy; more would only delay a stop.
 _IN_FLIGHT = 2
@@ -72,9 +75,11 @@ class Counts:
     tokens_seen: int = 0
     skipped_steps: int = 0
     skipped_in_row: int = 0
+    steps_without_targets: int = 0
     eval_pending: bool = False
     last_loss: float | None = None
     last_eval_loss: float | None = None
+    last_scores: dict[str, float] | None = None
 
 
 class Trainer:
@@ -90,10 +95,13 @@ class Trainer:
       checkpointer: where states go; None to keep none.
       writer: where rows go.
       stop: polled at every boundary.
-      evaluate: `(params, stop) -> {"eval_loss": ..., ...}`, or None if stopped midway.
+      evaluate: `(params, stop) -> {"eval_loss": ..., ...}` (any names; this one is the run's measure where it is
+        among them), or None if stopped midway.
       metadata: stored with every checkpoint under "job".
       resumed: the "loop" part of the metadata of the checkpoint that `state` came from.
       slots_per_step: token slots of a batch, for the fill rate.
+      peak_tokens_per_s: tokens that the devices could train in a second at their peak, for the model FLOPs utilization
+        (Chowdhery et al. 2022, appendix B); None where that is not known.
       progress: show a bar.
     """
 
@@ -113,12 +121,18 @@ class Trainer:
         metadata: Mapping[str, Any] | None = None,
         resumed: Mapping[str, Any] | None = None,
         slots_per_step: int,
+        peak_tokens_per_s: float | None = None,
         progress: bool = True,
     ):
         self._step, self.state, self._frozen, self._stream = step, state, frozen, stream
         self._epoch_of, self._config, self._evaluate = epoch_of, config, evaluate
         self._checkpointer, self._writer, self._stop = checkpointer, writer, stop
         self._metadata, self._slots, self._show = dict(metadata or {}), slots_per_step, progress
+        self._peak_tokens_per_s = peak_tokens_per_s
+        # A CPU that pretends to be several devices has one set of threads for all of them: two steps at once could each
+        # wait for the other's.
+        devices = state.step.devices()
+        self._one_at_a_time = len(devices) > 1 and next(iter(devices)).platform == "cpu"
         self.step_number = int(state.step)
         self.first_step = self.step_number
         resumed = resumed or {}
@@ -153,6 +167,8 @@ class Trainer:
                 if batch is None:
                     break
                 self.state, metrics = self._step(self.state, self._frozen, batch)
+                if self._one_at_a_time:
+                    jax.block_until_ready(self.state)
                 self.step_number += 1
                 self._pending.append((self.step_number, metrics, self._epoch_of(self._stream.state())))
                 if started is None:
@@ -206,6 +222,17 @@ class Trainer:
         skipped = int(values["skipped"])
         counts.skipped_steps += skipped
         counts.skipped_in_row = counts.skipped_in_row + 1 if skipped else 0
+        if skipped and counts.skipped_steps == 1:
+            _log.warning(
+                "step %d: the gradient is not finite (norm %s); the step is skipped and the parameters stay as they "
+                "are, now and whenever it happens again: skipped_steps counts it",
+                step,
+                values["grad_norm"],
+            )
+        elif not skipped and not float(values["loss_den"]):
+            counts.steps_without_targets += 1
+            if counts.steps_without_targets == 1:
+                _log.warning("step %d: no token of its batch is a target, so it teaches nothing", step)
         counts.tokens_trained += round(float(values["loss_den"]))
         counts.tokens_seen += int(values["tokens"])
         window.add("loss", values["loss_num"], values["loss_den"])
@@ -221,7 +248,7 @@ class Trainer:
 
     def _write_row(self, step: int, epoch: float, learning_rate: float) -> None:
         counts = self.counts
-        trained = self._window.state()["trained"][0]
+        trained, seen = (self._window.state()[name][0] for name in ("trained", "fill_rate"))
         means = self._window.means()
         del means["trained"]
         self._window.reset()
@@ -238,8 +265,10 @@ class Trainer:
             "tokens_per_s": trained / seconds,
             "step_time_s": seconds / steps,
             "data_wait_s": self._stream.waited_s - self._log_waited,
-            "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "memory_bytes": peak_memory_bytes(),
         }
+        if self._peak_tokens_per_s is not None:
+            row["mfu"] = seen / seconds / self._peak_tokens_per_s
         self._writer.write(step, row)
         self._bar.figures(loss=means["loss"], tokens_per_s=round(trained / seconds))
         self._log_time, self._log_step, self._log_waited = now, step, self._stream.waited_s
@@ -254,7 +283,11 @@ class Trainer:
         if values is None:
             return
         self.counts.eval_pending = False
-        self.counts.last_eval_loss = values["eval_loss"]
+        if "eval_loss" in values:
+            self.counts.last_eval_loss = values["eval_loss"]
+            if not math.isfinite(values["eval_loss"]):
+                _log.warning("step %d: the loss on the held-out data is %s", self.step_number, values["eval_loss"])
+        self.counts.last_scores = {name: value for name, value in values.items() if name.startswith(SCORE)} or None
         self._writer.write(self.step_number, values, group="eval")
 
     def save(self) -> None:
@@ -298,6 +331,13 @@ def state_from_arrays(arrays: Mapping[str, Any], like: TrainState) -> TrainState
         lambda path, _: arrays["opt_state"][jax.tree_util.keystr(path)], like.opt_state
     )
     return TrainState(arrays["step"], arrays["updates"], dict(arrays["params"]), opt_state)
+
+
+def peak_memory_bytes() -> int:
+    """The most memory in use so far: of the fullest accelerator, or where there is none of this process."""
+    stats = [device.memory_stats() for device in jax.local_devices() if device.platform != "cpu"]
+    peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
+    return max(peaks) if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _due(every: int | None, step: int, total: int) -> bool:

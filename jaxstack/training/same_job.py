@@ -10,7 +10,7 @@ from typing import Any
 from jaxstack.models.tokenizer import Tokenizer
 from jaxstack.training.config import SftConfig
 
-FREE_TO_CHANGE = ("max_steps", "log_every", "save_every", "keep", "resume")
+FREE_TO_CHANGE = ("max_steps", "log_every", "save_every", "keep", "mesh", "resume")
 """Fields of `SftConfig` that may differ between two starts of one run."""
 
 

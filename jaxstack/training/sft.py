@@ -28,6 +28,8 @@ from jaxstack.runtime.metrics import MetricWriter, plot_curves, read_rows, write
 from jaxstack.runtime.signals import StopFlag, WorkdirLock
 from jaxstack.training.config import SftConfig
 from jaxstack.training.data import Example, TokenizedDataset, build_dataset, load_dataset
+from jaxstack.training.flops import peak_flops, training_flops_per_token
+from jaxstack.training.generation import GenerationEval, Generator, together
 from jaxstack.training.initialize import fresh_decoder
 from jaxstack.training.loop import LoopConfig, Trainer, perplexity, state_arrays, state_from_arrays
 from jaxstack.training.losses import LossFn, cross_entropy
@@ -41,8 +43,10 @@ from jaxstack.training.same_job import (
     tokenizer_digest,
     workdir_has_checkpoints,
 )
+from jaxstack.training.sharding import Layout, host_device
 from jaxstack.training.step import (
     ModelLoss,
+    Params,
     SplitModel,
     decoder_loss,
     init_state,
@@ -81,6 +85,7 @@ def train_sft(
     examples: Sequence[Mapping[str, Any] | Example] | None = None,
     stop: threading.Event | None = None,
     loss_fn: LossFn = cross_entropy,
+    generation: GenerationEval | None = None,
     progress: bool = True,
 ) -> TrainResult:
     """Trains, or goes on training, in `workdir`, and leaves a Hugging Face folder in `workdir/model`.
@@ -98,6 +103,7 @@ def train_sft(
       examples: rows in memory, instead of `config.data.paths`: mappings as in a JSONL file, or `Example`s.
       stop: another way to end the run early, for callers outside the main thread.
       loss_fn: of logits and targets.
+      generation: what the model writes at every evaluation (`config.eval_every`), scored by a function of yours.
       progress: report on stderr.
 
     Raises:
@@ -106,7 +112,7 @@ def train_sft(
     """
     workdir = Path(workdir)
     with WorkdirLock(workdir), StopFlag(stop) as flag, contextlib.ExitStack() as stack:
-        return _Run(config, workdir, examples, loss_fn, flag, progress).train(stack)
+        return _Run(config, workdir, examples, loss_fn, generation, flag, progress).train(stack)
 
 
 class _Run:
@@ -118,10 +124,12 @@ class _Run:
         workdir: Path,
         examples: Sequence[Mapping[str, Any] | Example] | None,
         loss_fn: LossFn,
+        generation: GenerationEval | None,
         stop: StopFlag,
         progress: bool,
     ):
         self.config, self.workdir, self.stop, self.progress = config, workdir, stop, progress
+        self.generation = generation
         self.started = time.perf_counter()
         self.model_config = config.model if isinstance(config.model, DecoderConfig) else _config_of_folder(config.model)
         self.tokenizer_folder = config.tokenizer or (config.model if isinstance(config.model, str) else None)
@@ -130,6 +138,8 @@ class _Run:
         self.train_data = self._dataset(config.data.paths, examples)
         self.eval_data = self._dataset(config.data.eval_paths, None) if config.data.eval_paths else None
         self.say(f"data: {self.train_data.report.line()}")
+        if self.eval_data is not None:
+            self.say(f"held-out data: {self.eval_data.report.line()}")
         compute = {"auto": None if jax.default_backend() == "cpu" else jnp.bfloat16}.get(
             config.compute_dtype, config.compute_dtype
         )
@@ -160,6 +170,7 @@ class _Run:
         return tokenizer
 
     def _check_sizes(self) -> None:
+        self.config.mesh.check_devices()
         window = self.model_config.max_position_embeddings
         if self.config.seq_len > window:
             raise UserError(
@@ -189,6 +200,13 @@ class _Run:
         )
 
     def _model(self) -> Decoder:
+        """The model with its adapters; for several devices in the host's memory, as it may be too large for one."""
+        if self.config.mesh.devices == 1:
+            return self._loaded_model()
+        with jax.default_device(host_device()):
+            return self._loaded_model()
+
+    def _loaded_model(self) -> Decoder:
         config = self.config
         dtype = jnp.dtype(config.param_dtype)
         if isinstance(config.model, str):
@@ -240,13 +258,16 @@ class _Run:
             window=config.data.window,
         )
         total_steps = self._total_steps(batches)
-        loss_of, coef = self._loss(batches, total_steps), config.router_aux_loss_coef
-        self.loss = loss_of(router_aux_loss_coef=coef)
-        self.eval_loss = loss_of(router_aux_loss_coef=None if coef is None else 0.0)
         split, params, frozen = split_model(self._model(), nnx.Param if config.lora is None else LoraParam)
         optimizer = build_optimizer(config.optimizer, params, total_steps=total_steps, adapters=config.lora is not None)
-        state = init_state(params, optimizer)
-        frozen = jax.device_put(frozen, jax.devices()[0])
+        layout = Layout(config.mesh, self.model_config, {**params, **frozen})
+        if config.mesh.devices > 1:
+            self.say(layout.describe())
+        loss_of, coef = self._loss(batches, total_steps, layout), config.router_aux_loss_coef
+        loss = loss_of(router_aux_loss_coef=coef)
+        eval_step = make_eval_step(split, loss_of(router_aux_loss_coef=None if coef is None else 0.0))
+        state = init_state(params, optimizer, layout)
+        frozen = layout.put(frozen)
         trainable = parameter_count(params)
         self.say(
             f"model: {trainable} trainable of {trainable + parameter_count(frozen)} parameters; {total_steps} steps"
@@ -264,14 +285,18 @@ class _Run:
         if not restored:
             writer.write_text("config", json.dumps(self.job["config"], indent=2))
         began = time.perf_counter()
-        jitted = make_train_step(split, self.loss, optimizer, accum_steps=config.accum_steps)
-        first = jax.device_put(batches.batch(Place()), jax.devices()[0])
+        jitted = make_train_step(split, loss, optimizer, accum_steps=config.accum_steps, layout=layout)
+        first = layout.put_batch(batches.batch(Place()))
         step = jitted.lower(state, frozen, first).compile()
-        evaluate = self._evaluation(split, state.params, frozen)
+        evaluate = self._evaluation(eval_step, state.params, frozen, layout)
+        if self.generation is not None:
+            generator = self._generator(self.generation, split, state.params, frozen, layout)
+            stack.callback(generator.close)
+            evaluate = together(*filter(None, (evaluate, generator)))
         compile_s = time.perf_counter() - began
         self.say(f"compiled in {compile_s:.1f} s")
 
-        loader = PackedLoader(batches, place=place, transform=lambda batch: jax.device_put(batch, jax.devices()[0]))
+        loader = PackedLoader(batches, place=place, transform=layout.put_batch)
         stack.callback(loader.close)
         trainer = Trainer(
             step,
@@ -293,12 +318,21 @@ class _Run:
             metadata=self.job,
             resumed=loop_state,
             slots_per_step=config.batch_rows * config.accum_steps * config.seq_len,
+            peak_tokens_per_s=self._peak_tokens_per_s(state.params),
             progress=self.progress,
         )
         del state
         trainer.run()
         loader.close()
-        return self._finish(trainer, split, frozen, batches, total_steps, compile_s)
+        return self._finish(trainer, split, frozen, layout, batches, total_steps, compile_s)
+
+    def _peak_tokens_per_s(self, trainable: Params) -> float | None:
+        """Tokens that the devices could train in a second if they did nothing but the model's products."""
+        peak = peak_flops(jax.devices()[0])
+        # Half of the factors belong to slot 0, "no adapter".
+        factors = None if self.config.lora is None else parameter_count(trainable) // 2
+        work = training_flops_per_token(self.model_config, self.train_data.lengths, adapter_parameters=factors)
+        return None if peak is None else self.config.mesh.devices * peak / work
 
     def _check_same_job(self, checkpointer: Checkpointer) -> None:
         saved = checkpointer.latest_metadata()
@@ -313,7 +347,7 @@ class _Run:
                 "same, another workdir, or resume.allow_changes=true"
             )
 
-    def _loss(self, batches: PackedBatches, total_steps: int) -> Callable[..., ModelLoss]:
+    def _loss(self, batches: PackedBatches, total_steps: int, layout: Layout) -> Callable[..., ModelLoss]:
         """The loss, with room for the targets of the fullest batch of the run, held-out data included."""
         config = self.config
         most = batches.most_targets(total_steps, config.accum_steps)
@@ -328,6 +362,7 @@ class _Run:
             chunk_tokens=config.chunk_tokens,
             longest=self.longest,
             most_targets=-(-most // 64) * 64,
+            layout=layout,
         )
 
     def _eval_batches(self, data: TokenizedDataset) -> PackedBatches:
@@ -340,14 +375,12 @@ class _Run:
             shuffle=False,
         )
 
-    def _evaluation(self, split: SplitModel, params: Any, frozen: Any):
+    def _evaluation(self, jitted: jax.stages.Wrapped, params: Params, frozen: Params, layout: Layout):
         """The function that evaluates on the held-out data, already compiled; None without such data."""
         if self.eval_data is None:
             return None
         batches = self._eval_batches(self.eval_data)
-        device = jax.devices()[0]
-        first = jax.device_put(batches.batch(Place()), device)
-        step = make_eval_step(split, self.eval_loss).lower(params, frozen, first).compile()
+        step = jitted.lower(params, frozen, layout.put_batch(batches.batch(Place()))).compile()
 
         def evaluate(params: Any, stop: StopFlag) -> dict[str, float] | None:
             num = den = 0.0
@@ -356,7 +389,7 @@ class _Run:
             for batch in (*batches.epoch_batches(), None):
                 if stop:
                     return None
-                running = None if batch is None else step(params, frozen, jax.device_put(batch, device))
+                running = None if batch is None else step(params, frozen, layout.put_batch(batch))
                 if waiting is not None:
                     parts = jax.device_get(waiting)
                     num, den = num + float(parts.num), den + float(parts.den)
@@ -370,6 +403,18 @@ class _Run:
 
         return evaluate
 
+    def _generator(
+        self, wanted: GenerationEval, split: SplitModel, params: Params, frozen: Params, layout: Layout
+    ) -> Generator:
+        """What answers prompts with the current parameters, warm."""
+
+        def decoder_of(params: Params) -> Decoder:
+            device = jax.devices()[0]
+            model = split.merge(layout.gathered(params, device), layout.gathered(frozen, device))
+            return model if self.config.lora is None else lora_layers.merge(model)
+
+        return Generator(wanted, self.tokenizer, self.model_config, decoder_of, params, progress=self.progress)
+
     # -------------------------------------------------------------------------------------------------------- export
 
     def _finish(
@@ -377,6 +422,7 @@ class _Run:
         trainer: Trainer,
         split: SplitModel,
         frozen: Any,
+        layout: Layout,
         batches: PackedBatches,
         total_steps: int,
         compile_s: float,
@@ -385,7 +431,7 @@ class _Run:
         finished = trainer.step_number >= total_steps
         model_folder = adapter_folder = None
         if finished:
-            model = split.merge(trainer.state.params, frozen)
+            model = split.merge(layout.gathered(trainer.state.params), layout.gathered(frozen))
             if config.lora is not None:
                 adapter_folder = self.workdir / "adapter"
                 base = config.model if isinstance(config.model, str) else None
@@ -401,11 +447,14 @@ class _Run:
             "stopped_by": None if finished else self.stop.reason,
             "final_loss": counts.last_loss,
             "eval_loss": counts.last_eval_loss,
+            "scores": counts.last_scores,
             "tokens_trained": counts.tokens_trained,
             "tokens_seen": counts.tokens_seen,
             "skipped_steps": counts.skipped_steps,
+            "steps_without_targets": counts.steps_without_targets,
             "fill_rate": round(batches.fill_rate(), 4),
             "data": self.train_data.report.as_json(),
+            "eval_data": self.eval_data.report.as_json() if self.eval_data is not None else None,
             "trainable_parameters": parameter_count(trainer.state.params),
             "model_folder": str(model_folder) if model_folder else None,
             "adapter_folder": str(adapter_folder) if adapter_folder else None,

@@ -26,6 +26,7 @@ from jaxstack.runtime.errors import UserError
 from jaxstack.training.losses import Batch, LossFn, LossParts, Targets, chunked, shift_targets, targets_only
 from jaxstack.training.optimizer import Optimizer
 from jaxstack.training.packed_attention import packed_attention
+from jaxstack.training.sharding import Layout
 
 Params = dict[str, Array]
 """Parameters by dotted path: "layers.self_attn.q_proj.kernel" -> [num_layers, in, out]."""
@@ -97,6 +98,7 @@ def decoder_loss(
     longest: int | None = None,
     most_targets: int | None = None,
     router_aux_loss_coef: float | None = None,
+    layout: Layout | None = None,
 ) -> ModelLoss:
     """The loss of a `Decoder` on packed rows: attention within documents, targets one token ahead.
 
@@ -109,13 +111,17 @@ def decoder_loss(
       router_aux_loss_coef: of a mixture of experts, to add so many times its `load_balancing_loss` to the loss, and to
         log it as `router_aux_loss`; 0 only logs it, None leaves it out. Padding does not count. Not a mean over tokens,
         it is that of each microbatch, averaged over microbatches by their targets.
+      layout: where parameters and rows lie, if there are several devices.
     """
+    pin = layout.pin_rows if layout is not None else lambda x: x
 
     def loss(model: Decoder, batch: Batch) -> LossParts:
         if router_aux_loss_coef is not None and model.config.moe is None:
             raise UserError(f"router_aux_loss_coef={router_aux_loss_coef}: the model has no experts; expected none")
         # Flat from here on: see packed_attention.
         flat = {k: v.reshape(-1) for k, v in batch.items()}
+        if layout is not None:
+            model.embed.embedding.set_value(layout.pin_table(model.embed.embedding.get_value()))
         hidden, _, routing = model.hidden_and_routing(
             flat["token_ids"],
             flat["positions"],
@@ -125,6 +131,7 @@ def decoder_loss(
             adapter_ids=flat.get("adapter_ids"),
             remat=remat,
             compute_dtype=compute_dtype,
+            pin=pin,
         )
         targets = {k: v.reshape(-1) for k, v in shift_targets(batch).items()}
         if "adapter_ids" in flat:  # of the tokens that predict, for the output head's own adapters
@@ -133,7 +140,8 @@ def decoder_loss(
             hidden, targets = targets_only(hidden, targets, most_targets)
 
         def from_hidden(hidden: Array, targets: Targets) -> LossParts:
-            return loss_fn(model.logits(hidden, targets.get("adapter_ids")), targets)
+            # What was picked out of everyone's rows is dealt out anew, or each device would compute all of it.
+            return loss_fn(model.logits(pin(hidden), targets.get("adapter_ids")), targets)
 
         if chunk_tokens:
             parts = chunked(from_hidden, lambda piece: piece, hidden, targets, chunk_tokens)
@@ -151,21 +159,31 @@ def _with_router_loss(parts: LossParts, routing: RouterSums, coef: float) -> Los
     return LossParts(parts.num + coef * weighed, parts.den, aux)
 
 
-def init_state(params: Params, optimizer: Optimizer) -> TrainState:
-    """The state before the first step, on the default device."""
+def init_state(params: Params, optimizer: Optimizer, layout: Layout | None = None) -> TrainState:
+    """The state before the first step, laid out; without a layout on the default device."""
+    if layout is not None:
+        params = layout.put(params)  # moments are then made in their places
     state = TrainState(jnp.int32(0), jnp.int32(0), params, optimizer.transform.init(params))
     # Committed, like a restored state: otherwise the two would be two programs.
-    return jax.device_put(state, jax.devices()[0])
+    return jax.device_put(state, jax.devices()[0]) if layout is None else layout.put(state)
 
 
 def loss_gradients(
-    model: SplitModel, loss: ModelLoss, params: Params, frozen: Params, batch: Batch, accum_steps: int = 1
+    model: SplitModel,
+    loss: ModelLoss,
+    params: Params,
+    frozen: Params,
+    batch: Batch,
+    accum_steps: int = 1,
+    layout: Layout | None = None,
 ) -> tuple[LossParts, Params]:
     """Summed `LossParts` of a batch, and the gradient of num / max(den, 1).
 
     Args:
       batch: arrays [rows, T]; rows are cut into `accum_steps` equal microbatches, done one after the other.
+      layout: where parameters and rows lie; gradients lie where their parameters do.
     """
+    pin = layout.pin if layout is not None else lambda tree: tree
 
     def numerator(params: Params, micro: Batch) -> tuple[Float[Array, ""], LossParts]:
         parts = loss(model.merge(params, frozen), micro)
@@ -176,25 +194,27 @@ def loss_gradients(
         (_, parts), grads = value_and_grad(params, batch)
     else:
         micros = {k: v.reshape(accum_steps, v.shape[0] // accum_steps, *v.shape[1:]) for k, v in batch.items()}
+        if layout is not None:  # each microbatch is dealt out, not one of them to each device
+            micros = {k: layout.pin_rows(v, axis=1) for k, v in micros.items()}
 
         def body(total, micro):
             (_, parts), grads = value_and_grad(params, micro)
-            return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, (parts, grads)), None
+            return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, (parts, pin(grads))), None
 
         one = {k: v[0] for k, v in micros.items()}
         parts_shape = jax.eval_shape(lambda: value_and_grad(params, one)[0][1])
         zero = (
             jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), parts_shape),
-            jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params),
+            pin(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)),
         )
         (parts, grads), _ = jax.lax.scan(body, zero, micros)
     # A batch without targets has gradient 0 / 1.
     scale = 1.0 / jnp.maximum(parts.den, 1.0)
-    return parts, jax.tree.map(lambda g: g.astype(jnp.float32) * scale, grads)
+    return parts, jax.tree.map(lambda g: g.astype(jnp.float32) * scale, pin(grads))
 
 
 def make_train_step(
-    model: SplitModel, loss: ModelLoss, optimizer: Optimizer, *, accum_steps: int = 1
+    model: SplitModel, loss: ModelLoss, optimizer: Optimizer, *, accum_steps: int = 1, layout: Layout | None = None
 ) -> jax.stages.Wrapped:
     """The jitted step `(state, frozen, batch) -> (state, metrics)`. `state` is donated: its arrays are gone afterwards.
 
@@ -203,7 +223,7 @@ def make_train_step(
     """
 
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
-        parts, grads = loss_gradients(model, loss, state.params, frozen, batch, accum_steps)
+        parts, grads = loss_gradients(model, loss, state.params, frozen, batch, accum_steps, layout)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(parts.num)
         if optimizer.clip_norm is not None:
@@ -224,6 +244,8 @@ def make_train_step(
             params=keep(params, state.params),
             opt_state=keep(opt_state, state.opt_state),
         )
+        if layout is not None:
+            new_state = layout.pin(new_state)
         metrics = {
             "loss_num": counted(parts.num),
             "loss_den": counted(parts.den),

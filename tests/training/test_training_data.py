@@ -49,7 +49,11 @@ def test_overflow_and_empty_masks_are_counted_never_silent():
     silent = {"token_ids": [1, 2, 3], "loss_mask": [1, 0, 0]}
     report = build([long, IDS, silent], row_length=9).report
     assert (report.rows, report.examples, report.dropped_too_long, report.dropped_without_targets) == (3, 1, 1, 1)
-    assert "1 dropped as too long; 1 dropped without targets" in report.line()
+    line = report.line()
+    assert (
+        "1 dropped as too long (33.3% of rows); 1 dropped without targets (33.3% of rows, the first data.jsonl:3"
+        in line
+    )
     assert report.as_json()["dropped_too_long"] == 1
     data = build([long, IDS], row_length=9, overflow="truncate")
     assert data.report.truncated == 1 and data.lengths.tolist() == [9, 3]
