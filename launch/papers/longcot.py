@@ -30,6 +30,7 @@ _SEEDS = flags.DEFINE_integer("seeds", 3, "runs of each cell, with other demonst
 _FULL_GRID = flags.DEFINE_bool("full_grid", False, "all fractions of the paper, and LoRA")
 _BASE_STEPS = flags.DEFINE_integer("base_steps", None, "steps of the base stage instead of the recipe's", lower_bound=1)
 _SFT_STEPS = flags.DEFINE_integer("sft_steps", None, "steps of each cell instead of the recipe's", lower_bound=1)
+_SFT_RATE = flags.DEFINE_float("sft_learning_rate", None, "peak of each cell's learning rate instead of the recipe's")
 _PROBLEMS = flags.DEFINE_integer("problems", 256, "held-out problems that each cell answers", lower_bound=1)
 _CELLS = flags.DEFINE_list("cells", None, "only these of the grid, by name, for instance correct,wrong,shuffle-1")
 _WORKERS = flags.DEFINE_integer("workers", None, "cells side by side; by default one a core, at most 4", lower_bound=1)
@@ -53,6 +54,7 @@ def run(workdir: Path, *, scale: str) -> Mapping[str, Any]:
     changes: dict[str, Any] = {"seeds": _SEEDS.value, "problems": _PROBLEMS.value, "workers": _WORKERS.value}
     changes |= {"base_steps": _BASE_STEPS.value} if _BASE_STEPS.value else {}
     changes |= {"sft_steps": _SFT_STEPS.value} if _SFT_STEPS.value else {}
+    changes |= {"sft_learning_rate": _SFT_RATE.value} if _SFT_RATE.value is not None else {}
     config = study_config(_TASK.value, full_grid=_FULL_GRID.value, **changes)
     if _CELLS.value:
         known = {cell.name: cell for cell in study_config(_TASK.value, full_grid=True).cells}
