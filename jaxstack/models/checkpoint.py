@@ -189,7 +189,7 @@ def _fill(target: np.ndarray, data: np.ndarray, *, transposed: bool) -> None:
 
 def _require_memory(folder: Path, *, device_bytes: int, host_bytes: int) -> None:
     """Refuses a model that the device, or on the way to it the host, has no room for."""
-    device = jax.config.jax_default_device or jax.local_devices()[0]
+    (device,) = jax.device_put(0).devices()  # where new arrays go
     stats = None if device.platform == "cpu" else device.memory_stats()
     if stats is None:
         host_bytes += device_bytes
