@@ -375,7 +375,8 @@ def plot(watch: Watch, checks: list[dict[str, Any]], file: Path) -> None:
 
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(9, 5), sharex=True, layout="constrained")
     above.plot(watch.seconds, [size / 2**20 for size in watch.bytes])
-    above.set(ylabel="resident MiB", ylim=(0, None), title="memory of server, engine and clients")
+    most = max(watch.bytes) / 2**20
+    above.set(ylabel="resident MiB", ylim=(0, 1.2 * most), title="memory of server, engine and clients")
     times = [c["at_s"] for c in checks]
     for i, name in enumerate(("free", "prefix cache", "private")):
         below.plot(times, [c["pages"][i] for c in checks], marker=".", label=name)

@@ -45,6 +45,7 @@ def plot(rows: Sequence[Row], title: str, file: Path) -> None:
         )
         axes.bar_label(bars, [f"{timed[i]['ms']:.3g} ms" for i in of_name], padding=3, fontsize=7)
     axes.set_yticks(places, [f"{row['op']}: {row['case']}" for row in timed], fontsize=7)
+    axes.margins(x=0.1, y=0.01)
     axes.invert_yaxis()
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set(xlabel="bytes it must move, over time and copy bandwidth")

@@ -14,11 +14,11 @@ from jaxstack.training import MeshConfig, SftConfig, train_sft
 from jaxstack.training.sharding import RULES, logical_axes
 
 
-def test_eight_devices_compute_what_one_does(compiled_programs, tmp_path):
-    root = Path(__file__).parents[2]
+def on_eight_devices(part: str, cache: Path, folder: Path, timeout_s: float) -> None:
+    """Runs a part of `sharding_check.py`; TimeoutExpired if it hangs."""
     environment = {
         **os.environ,
-        "PYTHONPATH": str(root),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
         "JAX_PLATFORMS": "cpu",
         # A thread that waits for other devices is taken; with too few, all would wait.
         "NPROC": "256",
@@ -27,24 +27,28 @@ def test_eight_devices_compute_what_one_does(compiled_programs, tmp_path):
         "--xla_llvm_disable_expensive_passes=true --xla_cpu_collective_call_terminate_timeout_seconds=240 "
         "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
     }
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "error",
-            str(Path(__file__).with_name("sharding_check.py")),
-            compiled_programs,
-            tmp_path,
-        ],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
+    program = str(Path(__file__).with_name("sharding_check.py"))
+    command = [sys.executable, "-W", "error", program, part, str(cache), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.splitlines() == ["gradients", "full", "lora"]
+    assert done.stdout.splitlines() == (["gradients"] if part == "all axes" else ["gradients", "full", "lora"])
     assert "rematerialization" not in done.stderr  # of a layout that the partitioner could not follow
+
+
+def test_eight_devices_on_one_axis_compute_what_one_does(compiled_programs, tmp_path):
+    on_eight_devices("one axis", compiled_programs, tmp_path, 280)
+
+
+def test_eight_devices_on_three_axes_compute_what_one_does(compiled_programs, tmp_path):
+    """XLA's CPU backend takes sums over different groups of devices in no fixed order, so that two devices may wait for
+    each other, each in another sum. That is not what is tested, and may happen now and then.
+    """
+    for _ in range(3):
+        try:
+            return on_eight_devices("all axes", compiled_programs, tmp_path, 120)
+        except subprocess.TimeoutExpired:
+            continue
+    pytest.fail("three times out of three the devices waited for each other")
 
 
 @pytest.mark.parametrize(
