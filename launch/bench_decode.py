@@ -32,7 +32,7 @@ from jaxstack.models.decoder import Decoder, DecoderConfig
 from launch import job
 from launch.kernel_benchmark.measure import copy_bandwidth
 from launch.serve_benchmark.machine import FOREIGN_LIMIT, LoadMeter, describe
-from launch.serve_benchmark.shapes import llama8b, model_config
+from launch.serve_benchmark.shapes import llama8b, model_config, token_bytes, weight_bytes
 
 _SHAPE = flags.DEFINE_enum("shape", None, ["llama8b", "qwen0.5b"], "the model; by default the one for this machine")
 _LAYERS = flags.DEFINE_integer("layers", None, "layers; by default 32 of llama8b, 6 of qwen0.5b", lower_bound=1)
@@ -77,15 +77,7 @@ class Setting:
 
     def context_bytes(self, context: int) -> int:
         """Keys and values that a step reads."""
-        model = self.model
-        token = 2 * model.num_kv_heads * model.head_dim * model.num_layers * served_dtype(self.engine).itemsize
-        return self.rows * context * token
-
-
-def weight_bytes(served: Decoder) -> int:
-    """What a step reads of a decoder in serving form: all but the embedding, unless that is the output matrix, too."""
-    held = sum(x.nbytes for x in jax.tree.leaves(nnx.state(served)))
-    return held if served.lm_head is None else held - served.embed.embedding.get_value().nbytes
+        return self.rows * context * token_bytes(self.model, served_dtype(self.engine).itemsize)
 
 
 def decoder_of(model: DecoderConfig) -> Decoder:

@@ -1,6 +1,9 @@
-"""The shapes of the models that benchmarks run, with random weights."""
+"""The shapes of the models that benchmarks run, with random weights, and what a decode step must read of them."""
 
-from jaxstack.models.decoder import DecoderConfig
+import jax
+from flax import nnx
+
+from jaxstack.models.decoder import Decoder, DecoderConfig
 from jaxstack.models.rope import RopeConfig
 
 FULL_LAYERS, FULL_VOCABULARY = 24, 151_936
@@ -50,3 +53,14 @@ def llama8b(layers: int = 32) -> DecoderConfig:
         rope=RopeConfig(theta=5e5),
         max_position_embeddings=8192,
     )
+
+
+def weight_bytes(served: Decoder) -> int:
+    """What a step reads of a decoder in serving form: all but the embedding, unless that is the output matrix, too."""
+    held = sum(x.nbytes for x in jax.tree.leaves(nnx.state(served)))
+    return held if served.lm_head is None else held - served.embed.embedding.get_value().nbytes
+
+
+def token_bytes(model: DecoderConfig, itemsize: int) -> int:
+    """The keys and values of one token in all layers."""
+    return 2 * model.num_kv_heads * model.head_dim * model.num_layers * itemsize

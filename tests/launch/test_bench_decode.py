@@ -11,8 +11,7 @@ from flax import nnx
 
 from jaxstack.models.decoder import Decoder
 from jaxstack.models.serving_layout import fuse_for_serving
-from launch.bench_decode import Setting, weight_bytes
-from launch.serve_benchmark.shapes import llama8b, model_config
+from launch.serve_benchmark.shapes import llama8b, model_config, token_bytes, weight_bytes
 
 
 def test_a_run_gives_both_figures():
@@ -42,9 +41,7 @@ def test_bytes_of_a_step():
     config = llama8b()
     sizes = {str(p): x.size for p, x in jax.tree.leaves_with_path(nnx.state(Decoder.abstract(config)))}
     assert sum(sizes.values()) == 8_030_261_248  # as the model's card says
-    setting = Setting(config, rows=2, context=100, page_size=64, steps=2)
-    itemsize = 4 if jax.default_backend() == "cpu" else 2
-    assert setting.context_bytes(100) == 200 * (128 << 10) * itemsize // 2
+    assert token_bytes(config, 2) == 128 << 10
 
     small = model_config(1, 640)
     decoder = Decoder(small, rngs=nnx.Rngs(0), param_dtype=jnp.float32)

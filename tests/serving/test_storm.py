@@ -1,6 +1,7 @@
 """A thousand clients that mean no good, at once; more work than there are pages; more requests than may wait."""
 
 import asyncio
+import contextlib
 import random
 import struct
 import threading
@@ -63,8 +64,9 @@ async def misbehave(address: tuple[str, int], number: int, gate: asyncio.Semapho
             pass
         finally:
             if draw.random() < 0.3:
-                # The reset: SO_LINGER with no time.
-                writer.get_extra_info("socket").setsockopt(1, 13, SOCKET_RESET)
+                with contextlib.suppress(OSError):  # the server may have closed it
+                    # The reset: SO_LINGER with no time.
+                    writer.get_extra_info("socket").setsockopt(1, 13, SOCKET_RESET)
             writer.close()
 
 
