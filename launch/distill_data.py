@@ -24,7 +24,7 @@ from jaxstack.reasoning.benchmark_tasks import find_task, load_questions
 from jaxstack.reasoning.longcot.recipe import RecipeConfig, load_problems, make_data
 from jaxstack.runtime.errors import UserError
 from jaxstack.runtime.metrics import write_summary
-from jaxstack.serving import EndpointModel, EngineModel, LanguageModel
+from jaxstack.serving import EndpointModel, LanguageModel
 from launch import engine_flags, job
 
 _PROBLEMS = flags.DEFINE_list("problems", [], "files of problems")
@@ -84,13 +84,8 @@ def _teacher() -> Iterator[tuple[LanguageModel, str]]:
         with _endpoint(_URL.value, _URL_MODEL.value) as endpoint:
             yield endpoint, endpoint.model
         return
-    folder = engine_flags.model_folder()
-    engine = engine_flags.load_engine(folder, engine_flags.engine_config())
-    try:
-        engine.start()
-        yield EngineModel(engine), folder.resolve().name
-    finally:
-        engine.close()
+    with engine_flags.model_here() as (model, name):
+        yield model, name
 
 
 def run() -> dict[str, Any]:

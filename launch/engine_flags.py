@@ -1,5 +1,7 @@
 """The flags of every launcher that loads an engine."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ from absl import flags
 
 from jaxstack.engine import Engine, EngineConfig
 from jaxstack.models.embedded import embedded_model
+from jaxstack.serving import EngineModel
 from launch import job
 
 _DEFAULT = EngineConfig()
@@ -56,6 +59,15 @@ def load_engine(folder: Path, config: EngineConfig) -> Engine:
     for name, adapter in _adapters():
         engine.load_adapter(name, adapter)
     return engine
+
+
+@contextlib.contextmanager
+def model_here() -> Iterator[tuple[EngineModel, str]]:
+    """The model that the flags name, in an engine of this process, and its name."""
+    folder = model_folder()
+    with contextlib.closing(load_engine(folder, engine_config())) as engine:
+        engine.start()
+        yield EngineModel(engine), folder.resolve().name
 
 
 def _adapters() -> list[tuple[str, str]]:

@@ -24,7 +24,7 @@ from jaxstack.engine import SamplingParams
 from jaxstack.reasoning.benchmarks import EvaluationConfig, evaluate, find_task, load_questions
 from jaxstack.runtime.errors import UserError
 from jaxstack.runtime.metrics import plot_curves, write_summary
-from jaxstack.serving import EndpointModel, EngineModel, LanguageModel
+from jaxstack.serving import EndpointModel, LanguageModel
 from launch import engine_flags, job
 
 _TASK = flags.DEFINE_string("task", "countdown", "the benchmark")
@@ -92,13 +92,8 @@ def _model(config: EvaluationConfig) -> Iterator[tuple[LanguageModel, str]]:
         ) as endpoint:
             yield endpoint, endpoint.model
         return
-    folder = engine_flags.model_folder()
-    engine = engine_flags.load_engine(folder, engine_flags.engine_config())
-    try:
-        engine.start()
-        yield EngineModel(engine), folder.resolve().name
-    finally:
-        engine.close()
+    with engine_flags.model_here() as (model, name):
+        yield model, name
 
 
 def run() -> dict[str, Any]:
