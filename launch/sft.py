@@ -20,6 +20,7 @@ from jaxstack.reasoning.datasets import write_dataset
 from jaxstack.reasoning.evaluation import evaluation_in_training
 from jaxstack.runtime.compilation import use_compilation_cache
 from jaxstack.runtime.errors import UserError
+from jaxstack.runtime.memory import keep_freed_memory
 from jaxstack.training import GenerationEval, SftConfig, train_sft
 from launch import job
 
@@ -60,6 +61,7 @@ def problems_to_answer(config: SftConfig, count: int) -> GenerationEval | None:
 
 def run() -> dict[str, Any]:
     logging.set_verbosity(logging.WARNING)
+    keep_freed_memory()
     config, workdir = _CONFIG.get(), Path(_WORKDIR.value)
     if _SEED.value is not None:
         config = dataclasses.replace(config, seed=_SEED.value)

@@ -32,7 +32,8 @@ class Peer:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=self.learning_rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0
         )
-        self.forward = torch.compile(self.model, dynamic=False) if compiled else self.model
+        # Steps differ in their number of tokens: one program for all of them.
+        self.forward = torch.compile(self.model, dynamic=True) if compiled else self.model
         self.steps = [[(np.asarray(ids), np.asarray(mask, np.float32)) for ids, mask in step] for step in steps]
         return {"trainable": sum(p.numel() for p in self.parameters)}
 
@@ -69,6 +70,9 @@ class Peer:
     def _batches(self, examples: list, mode: dict):
         if mode["kind"] == "packed":
             yield self._packed(examples, mode["row_length"], mode["rows"])
+            return
+        if mode["kind"] == "flattened":
+            yield self._flattened(examples)
             return
         ordered = sorted(examples, key=lambda e: -len(e[0])) if mode["groups"] > 1 else examples
         size = -(-len(ordered) // mode["groups"])
@@ -108,6 +112,13 @@ class Peer:
             "position_ids": torch.tensor(position),
             **self._targets(ids, mask),
         }
+
+    def _flattened(self, examples: list) -> dict:
+        """transformers' own packing: one row without padding, in which it tells documents apart by their positions."""
+        ids = np.concatenate([tokens for tokens, _ in examples])[None]
+        mask = np.concatenate([np.r_[0.0, weights[1:]] for _, weights in examples])[None].astype(np.float32)
+        position = np.concatenate([np.arange(len(tokens)) for tokens, _ in examples])[None]
+        return {"input_ids": torch.tensor(ids), "position_ids": torch.tensor(position), **self._targets(ids, mask)}
 
     def _targets(self, ids: np.ndarray, mask: np.ndarray) -> dict:
         ahead = lambda x: np.concatenate([x[:, 1:], np.zeros_like(x[:, :1])], axis=1)  # noqa: E731

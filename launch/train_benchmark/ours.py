@@ -1,4 +1,4 @@
-"""Our side: the trainer's own step, loss, optimizer and packing, on given steps of examples."""
+"""Our side: the trainer's own step, loss and optimizer on given batches."""
 
 import time
 from pathlib import Path
@@ -6,41 +6,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxstack.models import lora
 from jaxstack.models.checkpoint import load_decoder
 from jaxstack.models.decoder import Decoder
 from jaxstack.models.linear import LoraParam
+from jaxstack.runtime.memory import keep_freed_memory
 from jaxstack.training import OptimizerConfig
 from jaxstack.training.losses import cross_entropy
 from jaxstack.training.optimizer import build_optimizer
-from jaxstack.training.packing import HostBatch, pack
+from jaxstack.training.packing import HostBatch
 from jaxstack.training.step import decoder_loss, init_state, make_train_step, split_model
-from launch.train_benchmark.workload import Example
-
-
-def rows_of(steps: list[list[Example]], row_length: int) -> int:
-    """Packed rows that hold any of the steps."""
-    return max(len(pack(np.array([len(ids) for ids, _ in step]), row_length)) for step in steps)
-
-
-def batch_of(step: list[Example], rows: int, row_length: int, *, packed: bool) -> HostBatch:
-    """A step as the arrays of a batch; unpacked, every example has a row of its own."""
-    lengths = np.array([len(ids) for ids, _ in step])
-    plan = pack(lengths, row_length) if packed else [[i] for i in range(len(step))]
-    shape = (rows, row_length)
-    batch: HostBatch = {name: np.zeros(shape, np.int32) for name in ("token_ids", "segment_ids", "positions")}
-    batch["loss_mask"] = np.zeros(shape, np.float32)
-    for r, row in enumerate(plan):
-        at = 0
-        for segment, index in enumerate(row, start=1):
-            ids, mask = step[index]
-            here = slice(at, at + len(ids))
-            batch["token_ids"][r, here], batch["loss_mask"][r, here] = ids, mask
-            batch["segment_ids"][r, here], batch["positions"][r, here] = segment, np.arange(len(ids))
-            at += len(ids)
-    return batch
+from launch.train_benchmark.workload import targets_of
 
 
 class Ours:
@@ -77,7 +54,7 @@ class Ours:
         )
         self._state, self._frozen = init_state(params, optimizer), frozen
         row = self._batches[0]["token_ids"].shape[1]
-        most = max(int((batch["loss_mask"] * (batch["positions"] > 0)).sum()) for batch in batches)
+        most = max(map(targets_of, batches))
         loss = decoder_loss(
             cross_entropy,
             compute_dtype=jnp.float32,
@@ -104,6 +81,7 @@ class Ours:
 
 def peak_bytes(*arguments: Any, **options: Any) -> int:
     """The largest resident size of a process that does nothing but build an `Ours` and take two steps."""
+    keep_freed_memory()
     Ours(*arguments, **options).run(0, 2)
     # Not getrusage: a new process inherits the figure of the one that started it.
     lines = Path("/proc/self/status").read_text().splitlines()
