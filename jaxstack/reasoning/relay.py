@@ -196,6 +196,21 @@ def trace(problem: RelayProblem, rng: random.Random, *, wrong: Wrong | None = No
     return Trace(problem, _thought(steps), f"{END_THINK} answer {steps[-1].result:02d}")
 
 
+def slipped_thought(problem: RelayProblem, rng: random.Random) -> str:
+    """The beginning of a thought: right steps up to a uniform place, of which the last shows a wrong value, and the
+    blank line behind it. Demonstrations recheck such a step; who does not, carries on to a wrong answer.
+    """
+    place = rng.randrange(problem.times)
+    values = (problem.start, *solve(problem))
+    rules = problem.rules
+    steps = []
+    for number in range(place + 1):
+        steps.append(Step(problem.times - number, values[number], rules, values[number + 1]))
+        rules = (rules[1], rules[2], rules[0])
+    steps[-1] = dataclasses.replace(steps[-1], result=_other_value(steps[-1].result, rng))
+    return f"{_thought(steps)} {BLANK_LINE}"
+
+
 def base_trace(rng: random.Random) -> Trace:
     """A document of the base stage, which teaches single steps and short chains, and no long one.
 

@@ -28,6 +28,7 @@ from launch import job
 _TASK = flags.DEFINE_enum("task", "relay", ["relay", "countdown"], "relay: the study; countdown: its control")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "runs of each cell, with other demonstrations", lower_bound=1)
 _FULL_GRID = flags.DEFINE_bool("full_grid", False, "all fractions of the paper, and LoRA")
+_FURTHER = flags.DEFINE_bool("further", False, "beyond the paper's grid: LoRA, and fewer demonstrations")
 _BASE_STEPS = flags.DEFINE_integer("base_steps", None, "steps of the base stage instead of the recipe's", lower_bound=1)
 _SFT_STEPS = flags.DEFINE_integer("sft_steps", None, "steps of each cell instead of the recipe's", lower_bound=1)
 _SFT_RATE = flags.DEFINE_float("sft_learning_rate", None, "peak of each cell's learning rate instead of the recipe's")
@@ -55,9 +56,9 @@ def run(workdir: Path, *, scale: str) -> Mapping[str, Any]:
     changes |= {"base_steps": _BASE_STEPS.value} if _BASE_STEPS.value else {}
     changes |= {"sft_steps": _SFT_STEPS.value} if _SFT_STEPS.value else {}
     changes |= {"sft_learning_rate": _SFT_RATE.value} if _SFT_RATE.value is not None else {}
-    config = study_config(_TASK.value, full_grid=_FULL_GRID.value, **changes)
+    config = study_config(_TASK.value, full_grid=_FULL_GRID.value, further=_FURTHER.value, **changes)
     if _CELLS.value:
-        known = {cell.name: cell for cell in study_config(_TASK.value, full_grid=True).cells}
+        known = {cell.name: cell for cell in study_config(_TASK.value, full_grid=True, further=True).cells}
         if unknown := [name for name in _CELLS.value if name not in known]:
             raise job.BadUsage(f"--cells: {unknown[0]!r} is unknown; expected some of {', '.join(known)}")
         config = study_config(_TASK.value, **changes, cells=tuple(known[name] for name in _CELLS.value))

@@ -36,6 +36,7 @@ def study(tmp_path_factory):
         ]
         (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         figures = {mode: float(drawn[mode].mean()) for mode in drawn}
+        figures |= {"slipped": 0.25 + 0.5 * cell.seed} if cell.name == "wrong" else {}
         figures |= {"mean_tokens": 100.0 + cell.seed, "carried_on": None, "train_s": 1.0, "evaluate_s": 1.0}
         (folder / "summary.json").write_text(json.dumps(figures))
         table[cell.folder] = drawn
@@ -85,6 +86,10 @@ def test_claims(study):
         "value_drop": True,
     }
     assert summary["accepted"]
+    # Predictions are judged like claims, where their cells were run, and decide nothing.
+    assert [(row["figure"], row["value"], row["met"]) for row in summary["predictions"]] == [
+        ("wrong_repaired", 0.5, True)
+    ]
     for name in (f"shuffle-1-seed{seed}" for seed in range(SEEDS)):
         file = workdir / name / "answers.jsonl"
         kept = file.read_text()
@@ -105,6 +110,7 @@ def test_report_and_plot(study, tmp_path):
     assert "within 0.075" in lines["wrong"]
     assert "3.2 (average accuracy)" in lines["wrong"] and "n/a" in lines["shuffle-1"]
     assert lines["structure_drop"].endswith("| met |")
+    assert lines["wrong_repaired"] == "| wrong_repaired | <= 0.6 | 0.500 | right |"
     study_plot(summary, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     json.dumps(summary)

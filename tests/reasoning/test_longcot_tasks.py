@@ -129,6 +129,10 @@ def test_configs():
     assert StudyConfig.from_json(default.as_json()) == default
     folders = [cell.folder for cell in full.with_seeds()]
     assert len(set(folders)) == 60 and folders[:2] == ["correct-seed0", "wrong-seed0"]
+    further = study_config("relay", full_grid=True, further=True)
+    names = [cell.name for cell in further.cells]
+    assert names[20:] == ["correct-60samples", "correct-250samples", "correct-1000samples"]  # LoRA is in the grid
+    assert StudyConfig.from_json(further.as_json()) == further
 
 
 @pytest.mark.parametrize(
@@ -138,6 +142,7 @@ def test_configs():
         ({"seeds": 0}, "seeds is 0, expected more than 0"),
         ({"cells": ()}, "no cell is 'correct'"),
         ({"cells": (*DEFAULT_CELLS["relay"], Cell("reverse"))}, "relay has no cell of kind 'reverse'"),
+        ({"cells": (*DEFAULT_CELLS["relay"], Cell("wrong", documents=0))}, "wrong-0samples has 0 demonstrations"),
         ({"width": 30}, "width is 30, expected a multiple of the 4 heads"),
         ({"sft_learning_rate": float("nan")}, "sft_learning_rate is nan"),
         ({"cells": DEFAULT_CELLS["relay"][:1] * 2}, "expected each once"),

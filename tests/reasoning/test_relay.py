@@ -98,6 +98,22 @@ def test_traces(wrong):
         assert shown == set(range(1, 30))
 
 
+def test_a_slipped_thought_begins_right_and_ends_wrong():
+    places = set()
+    for number, problem in enumerate(relay.held_out(60)):
+        thought = relay.slipped_thought(problem, random.Random(number))
+        assert thought.endswith(f" {relay.BLANK_LINE}") and set(thought.split(" ")) <= set(relay.WORDS)
+        *before, last = relay.parse_steps(thought)
+        values = [problem.start, *relay.solve(problem)]
+        for place, step in enumerate([*before, last]):
+            assert step.counter == problem.times - place and step.value == values[place] and step.recheck is None
+        assert all(step.right for step in before) and not last.right
+        places.add(len(before))
+        # Repaired by a recheck and carried on, it ends in the right answer; carried on as it stands, in a wrong one.
+        assert relay.RULES[last.rules[0]][last.value] == values[len(before) + 1] != last.result
+    assert {0, 1, 7} <= places
+
+
 def test_lengths_and_words():
     vocabulary = set(RELAY_VOCABULARY)
     assert len(vocabulary) == 63

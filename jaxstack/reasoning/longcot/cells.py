@@ -28,7 +28,7 @@ from jaxstack.runtime.metrics import write_atomically, write_summary
 from jaxstack.runtime.signals import WorkdirLock
 from jaxstack.training import DataConfig, LoraConfig, OptimizerConfig, SftConfig, train_sft
 
-_MODES = ("greedy", "t1", "no_thinking")
+_MODES = ("greedy", "t1", "no_thinking", "slipped")
 _LOCK_TRIES, _LOCK_PAUSE_S = 50, 0.2
 LORA = LoraConfig(r=16, alpha=32.0)
 """The adapters of cells with them."""
@@ -84,7 +84,9 @@ class CellRunner:
             documents = self.task.base_documents(study.base_documents, study.base_seed)
         else:
             steps, rate = study.sft_steps, study.sft_learning_rate
-            documents = self.task.demonstrations(cell.kind, cell.fraction, study.sft_documents, cell.seed)
+            documents = self.task.demonstrations(
+                cell.kind, cell.fraction, cell.documents or study.sft_documents, cell.seed
+            )
         decoder = self.task.model(study.width, study.layers)
         tokenizer = self.workdir / "tokenizer"
         if base:
@@ -113,7 +115,8 @@ class CellRunner:
         return config, documents
 
     def _answers(self, model_folder: Path, seed: int) -> list[dict[str, Any]]:
-        """Every problem's answers, graded: greedy, one sample at temperature 1, and greedy without thinking.
+        """Every problem's answers, graded: greedy, one sample at temperature 1, and, where the task knows them, greedy
+        without thinking, and greedy behind a thought that has just slipped.
 
         The sample's seed is keyed by (seed, problem), so that it does not depend on the cell.
         """
@@ -121,10 +124,12 @@ class CellRunner:
         engine = self._engine_of(model_folder)
         limit = task.max_tokens
         prompts, sampling = [], []
-        modes = _MODES if task.no_thinking else _MODES[:2]
+        skipped = {mode for mode in ("no_thinking", "slipped") if not getattr(task, mode)}
+        modes = [mode for mode in _MODES if mode not in skipped]
         for mode in modes:
             for problem in problems:
-                prompts.append(self._token_ids(prompt_of(problem.content, thinking=mode != "no_thinking")))
+                prompt = prompt_of(problem.content, thinking=mode != "no_thinking")
+                prompts.append(self._token_ids(f"{prompt} {task.slip(problem)}" if mode == "slipped" else prompt))
                 key = zlib.crc32(f"{seed} {problem.identity}".encode())
                 sampling.append(
                     SamplingParams(temperature=1.0, seed=key, max_tokens=limit)

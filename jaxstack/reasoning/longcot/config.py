@@ -18,18 +18,21 @@ class Cell:
       fraction: of it; 1 where the kind knows no fractions.
       seed: of the demonstrations and their order. The base model is the same for all.
       lora: train adapters instead of all parameters.
+      documents: how many different demonstrations there are, shown as often as it takes; None for the study's number.
     """
 
     kind: str
     fraction: float = 1.0
     seed: int = 0
     lora: bool = False
+    documents: int | None = None
 
     @property
     def name(self) -> str:
-        """The cell without its seed: `shuffle-0.67`, `correct-lora`."""
+        """The cell without its seed: `shuffle-0.67`, `correct-lora`, `correct-500samples`."""
         whole = self.kind in ("base", "correct") or self.kind.startswith("wrong")
-        return self.kind + ("" if whole else f"-{self.fraction:g}") + ("-lora" if self.lora else "")
+        samples = "" if self.documents is None else f"-{self.documents}samples"
+        return self.kind + ("" if whole else f"-{self.fraction:g}") + ("-lora" if self.lora else "") + samples
 
     @property
     def folder(self) -> str:
@@ -67,6 +70,12 @@ FULL_GRID: Mapping[str, tuple[Cell, ...]] = {
         *_STRUCTURE,
     ),
 }
+_SAMPLE_COUNTS = tuple(Cell("correct", documents=count) for count in (60, 250, 1000))
+FURTHER: Mapping[str, tuple[Cell, ...]] = {
+    "relay": (Cell("correct", lora=True), *_SAMPLE_COUNTS),
+    "countdown": _SAMPLE_COUNTS,
+}
+"""Beyond the paper's grid: adapters against all parameters, and how many demonstrations it takes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +132,8 @@ class StudyConfig:
             if cell.kind not in TASK_KINDS.get(self.task, ()):
                 known = ", ".join(TASK_KINDS.get(self.task, ()))
                 raise UserError(f"study: {self.task} has no cell of kind {cell.kind!r}, expected one of {known}")
+            if cell.documents is not None and cell.documents < 1:
+                raise UserError(f"study: cell {cell.name} has {cell.documents} demonstrations, expected 1 or more")
             if not 0 <= cell.fraction <= 1:
                 raise UserError(f"study: cell {cell.name} has fraction {cell.fraction}, expected 0 to 1")
 
@@ -139,15 +150,17 @@ class StudyConfig:
         return tuple(dataclasses.replace(cell, seed=seed) for seed in range(self.seeds) for cell in self.cells)
 
 
-def study_config(task: str, *, full_grid: bool = False, **changes: Any) -> StudyConfig:
-    """The recipe of a task; `changes` are fields of `StudyConfig`.
+def study_config(task: str, *, full_grid: bool = False, further: bool = False, **changes: Any) -> StudyConfig:
+    """The recipe of a task; `changes` are fields of `StudyConfig`, `further` adds the cells of `FURTHER`.
 
     Raises:
       UserError: unknown task, or a field out of range.
     """
     if task not in DEFAULT_CELLS:
         raise UserError(f"task {task!r} is unknown; expected one of {', '.join(DEFAULT_CELLS)}")
-    recipe: dict[str, Any] = {"cells": (FULL_GRID if full_grid else DEFAULT_CELLS)[task]}
+    cells = (FULL_GRID if full_grid else DEFAULT_CELLS)[task]
+    cells += tuple(cell for cell in FURTHER[task] if further and cell not in cells)
+    recipe: dict[str, Any] = {"cells": cells}
     if task == "countdown":
         recipe |= {"base_steps": 700, "sft_documents": 4_000, "batch_rows": 16}
     return StudyConfig(task, **{**recipe, **changes})

@@ -56,12 +56,14 @@ class StudyTask(Protocol):
       name: as flags spell it.
       vocabulary: the words of its tokenizer, in order of their ids.
       no_thinking: whether the model also answers with its thought closed at once.
+      slipped: whether it also goes on behind a `slip`.
       seq_len, max_tokens: length of a packed row, and of an answer.
     """
 
     name: str
     vocabulary: tuple[str, ...]
     no_thinking: bool
+    slipped: bool
     seq_len: int
     max_tokens: int
 
@@ -79,6 +81,12 @@ class StudyTask(Protocol):
 
     def problems(self, count: int) -> Sequence[Problem]:
         """Held-out problems, the same at every call."""
+        ...
+
+    def slip(self, problem: Any) -> str:
+        """The beginning of a thought whose last step has a wrong result, the same at every call. Whether the model
+        notices tells if it backtracks.
+        """
         ...
 
     def correct(self, problem: Any, text: str) -> tuple[bool, str]:
@@ -134,6 +142,7 @@ class RelayTask:
     name = "relay"
     vocabulary: tuple[str, ...] = RELAY_VOCABULARY
     no_thinking = False
+    slipped = True
     seq_len = 288
     max_tokens = 278
 
@@ -157,6 +166,9 @@ class RelayTask:
 
     def problems(self, count: int) -> Sequence[relay.RelayProblem]:
         return relay.held_out(count)
+
+    def slip(self, problem: relay.RelayProblem) -> str:
+        return relay.slipped_thought(problem, random.Random(f"relay slip {problem.identity}"))
 
     def correct(self, problem: relay.RelayProblem, text: str) -> tuple[bool, str]:
         verdict = relay.grade(problem, text)
@@ -189,6 +201,7 @@ class CountdownTask:
     name = "countdown"
     vocabulary: tuple[str, ...] = VOCABULARY
     no_thinking = True
+    slipped = False
     seq_len = 272
     max_tokens = 150
 
@@ -221,6 +234,9 @@ class CountdownTask:
 
     def problems(self, count: int) -> Sequence[countdown.Problem]:
         return countdown.held_out(count)
+
+    def slip(self, problem: countdown.Problem) -> str:
+        raise NotImplementedError("a search has no step that a recheck would repair")
 
     def correct(self, problem: countdown.Problem, text: str) -> tuple[bool, str]:
         verdict = countdown.grade(problem, text)
