@@ -8,6 +8,7 @@ from typing import Any
 from absl import flags
 
 from jaxstack.engine import Engine, EngineConfig
+from jaxstack.engine.scheduling import POLICIES
 from jaxstack.models.embedded import embedded_model
 from jaxstack.serving import EngineModel
 from launch import job
@@ -20,6 +21,20 @@ _PAGE = flags.DEFINE_integer("page_size", _DEFAULT.page_size, "tokens in a page 
 _PAGES = flags.DEFINE_integer("pages", None, "pages of the KV cache; by default chosen from the free memory")
 _SEQUENCES = flags.DEFINE_integer("max_sequences", _DEFAULT.max_sequences, "answers generated at once")
 _BATCH = flags.DEFINE_integer("max_batch_tokens", _DEFAULT.max_batch_tokens, "tokens computed in one step")
+_POLICY: Any = flags.DEFINE_enum(
+    "policy",
+    _DEFAULT.policy,
+    list(POLICIES),
+    "who goes next: fcfs by arrival, lpm the longest cached prefix, vtc the client that has had least, dlpm the "
+    "longest cached prefix among clients with credit, which is fair and keeps locality",
+)
+_QUANTUM = flags.DEFINE_integer(
+    "quantum", None, "dlpm's credit at a time, in prompt tokens; by default it goes by what recent requests cost"
+)
+_WEIGHTS = flags.DEFINE_list("client_weights", [], "shares of clients: NAME=WEIGHT,NAME=WEIGHT; of others 1")
+_RESERVE = flags.DEFINE_bool(
+    "reserve_pages", _DEFAULT.reserve_pages, "start a request only if the pages of its longest answer are free too"
+)
 _WAITING = flags.DEFINE_integer("max_waiting", _DEFAULT.max_waiting, "requests that may wait for their first step")
 _DTYPE: Any = flags.DEFINE_enum("dtype", _DEFAULT.dtype, ["auto", "float32", "bfloat16"], "of weights and cache")
 _CACHING = flags.DEFINE_bool("prefix_caching", _DEFAULT.prefix_caching, "reuse the computation of common beginnings")
@@ -78,6 +93,16 @@ def _adapters() -> list[tuple[str, str]]:
     return [(name, folder) for name, _, folder in pairs]
 
 
+def _client_weights() -> dict[str, int]:
+    weights = {}
+    for text in _WEIGHTS.value:
+        name, _, weight = text.rpartition("=")
+        if not name or not weight.isdecimal() or int(weight) < 1:
+            raise job.BadUsage(f"--client_weights: found {text!r}, expected NAME=WEIGHT with an integer >= 1")
+        weights[name] = int(weight)
+    return weights
+
+
 def engine_config(**changes: Any) -> EngineConfig:
     """The settings that the flags ask for."""
     settings: dict[str, Any] = {
@@ -89,6 +114,10 @@ def engine_config(**changes: Any) -> EngineConfig:
         "prefix_caching": _CACHING.value,
         "dtype": _DTYPE.value,
         "max_waiting": _WAITING.value,
+        "policy": _POLICY.value,
+        "quantum": _QUANTUM.value,
+        "client_weights": _client_weights(),
+        "reserve_pages": _RESERVE.value,
         "max_adapters": len(_adapters()) if _MAX_ADAPTERS.value is None else _MAX_ADAPTERS.value,
         "max_adapter_rank": _RANK.value,
         "speculation": _SPECULATION.value,

@@ -12,6 +12,7 @@ Then, for instance:
 """
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -27,6 +28,14 @@ _NAME = flags.DEFINE_string("served_model_name", None, "what clients call the mo
 _HOST = flags.DEFINE_string("host", _SERVER.host, "address to listen on; 0.0.0.0 lets other machines in")
 _PORT = flags.DEFINE_integer("port", _SERVER.port, "port to listen on; 0 takes a free one")
 _API_KEY = flags.DEFINE_string("api_key", None, "key that clients must send as bearer token")
+_API_KEYS = flags.DEFINE_string(
+    "api_keys", None, "file with a line NAME=KEY for each further key; requests count as those of its owner NAME"
+)
+_TRUST = flags.DEFINE_bool(
+    "trust_client_id",
+    _SERVER.trust_client_id,
+    "count requests under the name in the header X-Client-Id; only where nobody but a gateway can reach the server",
+)
 _ORIGINS = flags.DEFINE_list("allowed_origins", [], "origins of web pages that may call the server")
 _BODY = flags.DEFINE_integer("max_body_bytes", _SERVER.max_body_bytes, "largest request body")
 _STREAMS = flags.DEFINE_integer("max_streams", _SERVER.max_streams, "requests answered at once; more get 429")
@@ -38,6 +47,26 @@ _POOLING: Any = flags.DEFINE_enum(
 flags.adopt_module_key_flags(engine_flags)
 
 
+def _api_keys(file: str | None) -> dict[str, str]:
+    """Keys by owner, from lines NAME=KEY; empty ones and those that begin with # are skipped."""
+    if file is None:
+        return {}
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise job.BadUsage(f"--api_keys: {file} cannot be read: {error}") from None
+    keys: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        name, _, key = (part.strip() for part in line.partition("="))
+        if not line.strip() or line.startswith("#"):
+            continue
+        if not name or not key or name in keys:
+            found = "the name a second time" if name in keys else "no name or no key"
+            raise job.BadUsage(f"--api_keys: {file}:{number}: found {found}, expected NAME=KEY")
+        keys[name] = key
+    return keys
+
+
 def run() -> dict[str, Any]:
     folder = engine_flags.model_folder()
     config = ServerConfig(
@@ -45,6 +74,8 @@ def run() -> dict[str, Any]:
         port=_PORT.value,
         model_name=_NAME.value or folder.resolve().name,
         api_key=_API_KEY.value,
+        api_keys=_api_keys(_API_KEYS.value),
+        trust_client_id=_TRUST.value,
         allowed_origins=tuple(_ORIGINS.value),
         max_body_bytes=_BODY.value,
         max_streams=_STREAMS.value,

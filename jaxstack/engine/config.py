@@ -1,13 +1,15 @@
 """The engine's settings, checked on construction, and the sizes that follow from them."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import psutil
 from jax.sharding import Mesh
 
 from jaxstack.engine.batch import BatchShape
+from jaxstack.engine.scheduling import Policy, policy_named
 from jaxstack.models.decoder import DecoderConfig
 from jaxstack.models.tensor_parallel import cached_kv_heads, check_mesh
 from jaxstack.runtime.errors import UserError
@@ -41,6 +43,13 @@ class EngineConfig:
       max_adapter_rank: the largest rank that an adapter may have.
       mesh: devices that share the model and its cache, on an axis "tensor"; None for one.
       max_waiting: requests waiting beyond which a new one is refused.
+      policy: who goes next. "fcfs": by arrival. "lpm": the longest cached prefix, whosever it is. "vtc": the client
+        that has had least. "dlpm": the longest cached prefix among clients with credit, fair and local at once.
+      quantum: with "dlpm", the credit that clients in debt are granted at a time, in prompt tokens; by default it goes
+        by what recent requests cost. More is faster and less even.
+      client_weights: shares of clients, integers >= 1; of others 1.
+      reserve_pages: start a request only if the pages of its longest answer are free too. Nobody is preempted, and the
+        bound on unfairness is smaller, but fewer answers are generated at once.
       batch_invariant: an answer's bits do not depend on who else is served, on what is cached, on how a prompt is cut
         into chunks, on preemption or guesses. No step has fewer than 16 rows, and the start-up fails with a line if
         this backend gives the same token other bits in another step. On CPU it needs the compiled kernels.
@@ -64,6 +73,10 @@ class EngineConfig:
     max_adapter_rank: int = 16
     mesh: Mesh | None = None
     max_waiting: int = 1024
+    policy: str = "fcfs"
+    quantum: int | None = None
+    client_weights: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
+    reserve_pages: bool = False
     batch_invariant: bool = False
     speculation: int = 0
     speculation_rows: int | None = None
@@ -93,6 +106,14 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 2:
                 raise UserError(f"{name}: found {value}, expected an integer >= 2")
+        self.scheduling_policy()
+
+    def scheduling_policy(self) -> Policy:
+        """A new policy as the settings say. Raises UserError where they do not make one."""
+        options: dict[str, Any] = {"weights": self.client_weights}
+        if self.quantum is not None:
+            options["quantum"] = self.quantum
+        return policy_named(self.policy, **options)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,7 +48,7 @@ from jaxstack.engine.request import (
 )
 from jaxstack.engine.runner import Runner
 from jaxstack.engine.scheduler import Scheduler
-from jaxstack.engine.scheduling import FirstComeFirstServed, Policy
+from jaxstack.engine.scheduling import FairnessReading, Policy
 from jaxstack.engine.stats import EngineStats, reading
 from jaxstack.engine.weights import served_dtype, serving_form
 from jaxstack.models.checkpoint import load_decoder
@@ -64,7 +64,7 @@ class Engine:
     Args:
       decoder: the model. Its weights are taken over: do not use it afterwards.
       tokenizer: None for token ids in and out only.
-      policy: the scheduling policy; first come, first served by default.
+      policy: the scheduling policy; by default what `config` says.
 
     Raises:
       UserError: settings that do not fit the model or the machine.
@@ -95,7 +95,7 @@ class Engine:
         self.max_model_len = chosen.max_model_len
         decoder.config = model.for_context(chosen.max_model_len)
         self.vocab_size = min(model.vocab_size, tokenizer.vocab_size) if tokenizer else model.vocab_size
-        self.policy = policy or FirstComeFirstServed()
+        self.policy = policy or config.scheduling_policy()
         self.runner = Runner(
             decoder,
             chosen.shapes,
@@ -276,7 +276,7 @@ class Engine:
         return [collector.output() for collector in collectors]
 
     def embed(
-        self, prompts: Seq[Prompt], pooling: Pooling = "last", adapter: str | None = None
+        self, prompts: Seq[Prompt], pooling: Pooling = "last", adapter: str | None = None, *, client: str = ""
     ) -> list[Float32[np.ndarray, " D"]]:
         """The final hidden states of each prompt, pooled and not normalised. Blocks; callable from any thread.
 
@@ -289,7 +289,7 @@ class Engine:
         tokens = [self._prompts.check(prompt, nothing, 0)[0] for prompt in prompts]
         self.warm_up(False)
         asks = [
-            Ask(ids, 1, self._submitter(prompt, ids, nothing, adapter=adapter, pooled=pooled))
+            Ask(ids, 1, self._submitter(prompt, ids, nothing, adapter=adapter, pooled=pooled, client=client))
             for prompt, ids, pooled in zip(prompts, tokens, gathered)
         ]
         ask_all(asks, self._driver, room=self._room, abort=self.abort)
@@ -448,6 +448,10 @@ class Engine:
         """A reading; callable from any thread."""
         return reading(self._pipeline, self._answers, self.runner, posted=self._driver.posted, alive=self._driver.alive)
 
+    def fairness(self) -> FairnessReading:
+        """What each client has had, and how even that is; callable from any thread."""
+        return self.scheduler.steward.reading()
+
     def on_finish(self, callback: Callable[[RequestTiming], None]) -> None:
         """`callback` is told of every finished request, on the thread that steps."""
         self._answers.on_finish.append(callback)
@@ -469,6 +473,7 @@ class Engine:
             max_rows=rows_of(self.config),
             speculation=self.config.speculation,
             speculation_rows=self.config.speculation_rows or (4 if jax.default_backend() == "cpu" else 64),
+            reserve=self.config.reserve_pages,
         )
 
     def _room(self) -> bool:
@@ -491,9 +496,7 @@ class Engine:
         for request_id in {s.request.request_id for s in old.running}:
             self._answers.end_request(request_id, "error")
         fresh = self._new_scheduler(old.pool.size)
-        fresh.counters = old.counters
-        for sequence in old.waiting:
-            fresh.add(sequence)
+        fresh.take_over(old)
         self._pipeline.discard(fresh)
         self.runner.reset_cache()
 

@@ -432,6 +432,14 @@ class Sequence:
         return self.request.priority
 
     @property
+    def prompt_tokens(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def max_tokens(self) -> int:
+        return self.request.max_tokens
+
+    @property
     def order(self) -> tuple[int, int]:
         """Place in order of arrival."""
         return (self.request.order, self.index)

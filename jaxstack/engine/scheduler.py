@@ -13,52 +13,16 @@ ends keeps its pages until its last row has settled, and nobody is preempted bef
 
 import collections
 import dataclasses
-import functools
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Sequence as Seq
 
 from jaxstack.engine.memory import PagePool, RadixTree
 from jaxstack.engine.request import Sequence
-from jaxstack.engine.scheduling import Policy
+from jaxstack.engine.scheduling import Admission, Policy, PrefixLengths, Room, Steward
 from jaxstack.engine.speculate import Drafter
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """Tokens `[start, start + count)` of a sequence. `samples`: they reach its end, so a new token is drawn. `scores`:
-    the logprobs of the prompt tokens behind each of them are wanted. `draft`: the one token, guessed; the row counts
-    only if it turns out to be the right one.
-    """
-
-    sequence: Sequence
-    start: int
-    count: int
-    samples: bool
-    scores: bool = False
-    draft: int | None = None
-
-    @property
-    def decode(self) -> bool:
-        """Whether a decode step will do: one token in, one token out."""
-        return self.count == 1 and self.samples and not self.sequence.request.needs_hidden(self.start)
-
-
-@dataclasses.dataclass
-class StepPlan:
-    """Rows of one step, those that a decode step would do for first. `decodes` counts these. Fixed once made."""
-
-    rows: list[Row]
-    decodes: int
-
-    @functools.cached_property
-    def tokens(self) -> int:
-        return sum(row.count for row in self.rows)
-
-    @functools.cached_property
-    def drafted(self) -> bool:
-        """Whether it guesses, so that nobody knows how far its sequences get before it has settled."""
-        return any(row.draft is not None for row in self.rows)
-
+from jaxstack.engine.step_plan import Row, StepPlan
+from jaxstack.runtime.errors import UserError
 
 Rows = dict[Sequence, list[Row]]
 
@@ -69,11 +33,14 @@ class _Unsettled(Exception):
 
 @dataclasses.dataclass
 class SchedulerCounters:
-    """Running totals since the start. Prefix figures are in tokens."""
+    """Running totals since the start. Prefix figures are in tokens. `recomputed_tokens` had been computed before a
+    preemption and were again after it: nobody is charged for them twice.
+    """
 
     prefix_queries: int = 0
     prefix_hits: int = 0
     preemptions: int = 0
+    recomputed_tokens: int = 0
     drafted_tokens: int = 0
     accepted_drafts: int = 0
 
@@ -82,7 +49,7 @@ class Scheduler:
     """Owns the waiting and running sequences, the page pool and the prefix cache.
 
     Args:
-      policy: orders the waiting sequences and picks victims.
+      policy: admits the waiting sequences and picks victims.
       num_pages, page_size: the KV cache. A sequence must fit alone: the engine refuses others when they arrive.
       max_sequences: sequences running at once (rows of a step).
       max_batch_tokens: tokens of one step, at least `max_sequences`.
@@ -90,7 +57,12 @@ class Scheduler:
       max_rows: sampled rows of a step, drafts included; `max_sequences` by default.
       speculation: draft tokens a sequence may have in a step (`speculate.py`).
       speculation_rows: nobody drafts where that would give a step more rows than this.
+      reserve: admit a sequence only if the pages of its longest answer are free too, so that nobody is preempted and
+        debts stay smaller, at the price of smaller batches.
       clock: seconds, monotonic; a simulator passes its own.
+
+    Attributes:
+      steward: tells the policy what happens; keeps the clients' accounts and the fairness certificate.
     """
 
     def __init__(
@@ -105,17 +77,25 @@ class Scheduler:
         max_rows: int = 0,
         speculation: int = 0,
         speculation_rows: int = 0,
+        reserve: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        self.policy = policy
         self.page_size = page_size
         self.max_sequences = max_sequences
         self.max_batch_tokens = max_batch_tokens
         self.prefix_caching = prefix_caching
         self.speculation = speculation
-        self.speculation_rows = min(speculation_rows, max(max_rows, max_sequences))
         self.pool = PagePool(num_pages)
         self.tree = RadixTree(self.pool)
+        self.reserve = reserve
+        rows = max(max_rows, max_sequences)
+        self.steward = Steward(
+            policy,
+            Room(max_sequences, num_pages * page_size, reserve, in_flight=rows, lock_step=not speculation),
+        )
+        self.speculation_rows = min(speculation_rows, rows)
+        self._lengths = PrefixLengths(self.tree, self._chain)
+        self._preempted: dict[Sequence, int] = {}  # that wait again, and how many tokens they had computed
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.closing: list[Sequence] = []  # finished, but a launched step still writes their pages
@@ -125,6 +105,15 @@ class Scheduler:
         self._steps_launched = self._steps_settled = 0
         # Pages to free once the step of that number has settled.
         self._retired: collections.deque[tuple[int, list[int]]] = collections.deque()
+
+    @property
+    def policy(self) -> Policy:
+        """May be replaced between two steps."""
+        return self.steward.policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        self.steward.policy = policy
 
     # What a policy may look at (`SchedulerView`).
 
@@ -136,10 +125,21 @@ class Scheduler:
     def free_pages(self) -> int:
         return self.pool.free + self.tree.evictable
 
+    @property
+    def waiting_clients(self) -> Mapping[str, int]:
+        """How many sequences of each client wait; only those with some."""
+        return self.steward.accounts.waiting
+
     def cached_tokens(self, request: Sequence) -> int:
         """Tokens of `request` that the prefix cache holds now."""
         keys = self._keys(request, self._sharable(request))
         return self.tree.peek(keys, self._namespace(request)) * self.page_size
+
+    def prefix_lengths(self, waiting: Seq[Sequence]) -> list[int]:
+        """`cached_tokens` of each of the waiting sequences, without a walk through the tree for each; 0 for those that
+        may not use the cache.
+        """
+        return [pages * self.page_size for pages in self._lengths.of(waiting)]
 
     @property
     def in_flight(self) -> bool:
@@ -159,7 +159,20 @@ class Scheduler:
         # Grammars and penalties depend on the tokens before, which a guess does not have for certain.
         if self.speculation and sampling.guide is None and not sampling.penalised:
             sequence.drafter = Drafter(self.speculation)
+        # The last token drawn is never computed.
+        needed = self._pages_for(max(1, sequence.prompt_tokens + sequence.max_tokens - 1))
+        if needed > self.pool.size:  # waiting for ever, it would hold up the refills of all others
+            raise UserError(
+                f"prompt: found {sequence.prompt_tokens} tokens and max_tokens = {sequence.max_tokens}, which need "
+                f"{needed} pages, expected at most num_pages = {self.pool.size}"
+            )
+        self.steward.arrived(sequence, self)
         self.waiting.append(sequence)
+
+    def take_over(self, old: "Scheduler") -> None:
+        """Goes on where `old`, which has the same policy and nothing running, has to stop."""
+        self.waiting, self.counters, self.steward = old.waiting, old.counters, old.steward
+        self._preempted = old._preempted
 
     def plan(self) -> StepPlan | None:
         """The next step's rows, with pages allocated for every one of them. Empty when there is nothing to do.
@@ -171,6 +184,8 @@ class Scheduler:
             self._fill(rows)
         except _Unsettled:
             return None
+        priorities = {sequence.priority for sequence in self.waiting}
+        self.steward.stepped(one_priority=len(priorities) < 2, now_s=self.now_s)
         chosen = [row for each in rows.values() for row in each]
         decodes = [r for r in chosen if r.decode]
         chunks = [r for r in chosen if not r.decode]
@@ -186,6 +201,8 @@ class Scheduler:
             sequence.computed = row.start + row.count
             sequence.in_flight += 1
             sequence.pending += row.samples
+            if row.start < len(sequence.request.prompt):
+                self.steward.computes(sequence, row.start + row.count)
             if row.count > 1 or not row.samples:
                 self._share(sequence)
 
@@ -194,6 +211,7 @@ class Scheduler:
         those of sequences that have finished meanwhile.
         """
         self._steps_settled += 1
+        generated: collections.Counter[str] = collections.Counter()
         for row in plan.rows:
             sequence = row.sequence
             sequence.in_flight -= 1
@@ -205,8 +223,9 @@ class Scheduler:
             elif row.draft is None:  # what drafts add is known when they have been compared: see `accept`
                 if plan.drafted:
                     sequence.computed = row.start + row.count
-                fresh = max(0, min(row.start + row.count, len(sequence.request.prompt)) - row.start)
-                self.policy.on_tokens(sequence, fresh, int(row.samples))
+                if row.samples and sequence.request.pooled is None:
+                    generated[sequence.client] += 1
+        self.steward.generated(generated)
         while self._retired and self._retired[0][0] <= self._steps_settled:
             self.pool.release(self._retired.popleft()[1])
 
@@ -218,7 +237,7 @@ class Scheduler:
             return False
         self.counters.accepted_drafts += 1
         sequence.computed = row.start + 1
-        self.policy.on_tokens(sequence, 0, 1)
+        self.steward.generated({sequence.client: 1})
         return True
 
     def keep_scores(self, sequence: Sequence) -> None:
@@ -232,20 +251,24 @@ class Scheduler:
         """
         if sequence.slot < 0:
             self.waiting.remove(sequence)
+            self._waits_no_more(sequence)
+            self._preempted.pop(sequence, None)
         else:
             self.running.remove(sequence)
             if sequence.in_flight:
                 self.closing.append(sequence)
             else:
                 self._release(sequence, keep=sequence.finish_reason != "error")
-        self.policy.on_finish(sequence)
+        self.steward.left(sequence, last=sequence.request.unfinished <= 1)
 
     def preempt(self, sequence: Sequence) -> None:
         """`sequence` gives up its pages and waits again; it will recompute what the prefix cache has lost by then."""
         assert not self.in_flight
+        self._preempted[sequence] = sequence.computed
         self._release(sequence, keep=True)
         self.running.remove(sequence)
         self.waiting.append(sequence)
+        self.steward.preempted(sequence)
         self.counters.preemptions += 1
 
     def check_accounting(self) -> None:
@@ -304,51 +327,97 @@ class Scheduler:
         return count
 
     def _admit(self, budget: int, rows: Rows) -> None:
-        ordered = sorted(self.policy.order(self.waiting, self), key=lambda s: s.priority)
-        for sequence in ordered:
+        """Lets the policy start sequences, those of the first priority first, and plans their first tokens."""
+        short = False
+
+        def try_admit(sequence: Sequence) -> Admission:
+            nonlocal budget, short
             if budget <= 0 or not self._slots:
+                return Admission.FULL
+            admission = self._start(sequence)
+            short = short or admission is Admission.NO_ROOM
+            if admission is Admission.ADMITTED:
+                budget -= self._chunk(sequence, budget, rows)
+            return admission
+
+        for group in self._by_priority():
+            self.steward.schedule(group, self, try_admit)
+            if short or budget <= 0 or not self._slots:
                 return
-            assert isinstance(sequence, Sequence)
-            namespace = self._namespace(sequence)
-            keys = self._keys(sequence, self._sharable(sequence)) if self._shares(sequence) else []
-            if keys and not sequence.scoring and self._prefix_in_flight(sequence, keys):
-                continue
-            match = self.tree.match(keys, namespace)
-            if sequence.scoring:  # only what its scores are known for is of use
-                notes = self.tree.notes(match)
-                match = self.tree.match(
-                    keys[: max(len(notes), sequence.request.scores.known // self.page_size)], namespace
-                )
-            self.tree.lock(match.node)
-            needed = self._pages_for(len(sequence.tokens)) - len(match.pages)
-            watermark = (len(self.running) + self.pool.size // 100) if self.running else 0
-            if needed > self.free_pages - watermark:
-                self.tree.unlock(match.node)
-                return
-            self.waiting.remove(sequence)
-            self.running.append(sequence)
-            sequence.slot = self._slots.pop()
-            sequence.node, sequence.pages = match.node, list(match.pages)
-            sequence.shared_pages = len(match.pages)
-            sequence.computed = len(match.pages) * self.page_size
-            request = sequence.request
-            if sequence.scoring and match.pages:
-                for i, page in enumerate(notes[: len(match.pages)]):
-                    request.scores.add(i * self.page_size, page)
-                sequence.computed -= 1  # the last cached position scores the first token behind it
-            if request.cached_tokens is None:
-                request.cached_tokens = sequence.computed
-                self.counters.prefix_queries += len(request.prompt)
-                self.counters.prefix_hits += sequence.computed
-            if request.scheduled_s is None:
-                request.scheduled_s = self.now_s
-            self.policy.on_admit(sequence, sequence.computed)
-            budget -= self._chunk(sequence, budget, rows)
+
+    def _by_priority(self) -> Iterator[list[Sequence]]:
+        groups: dict[int, list[Sequence]] = {}
+        for sequence in self.waiting:
+            groups.setdefault(sequence.priority, []).append(sequence)
+        for priority in sorted(groups):
+            yield groups[priority]
+
+    def _start(self, sequence: Sequence) -> Admission:
+        """Makes a waiting sequence a running one, if there are pages for it."""
+        if sequence.slot >= 0 or sequence.finish_reason is not None:
+            return Admission.GONE
+        namespace = self._namespace(sequence)
+        keys = self._keys(sequence, self._sharable(sequence)) if self._shares(sequence) else []
+        if keys and not sequence.scoring and self._prefix_in_flight(sequence, keys):
+            return Admission.LATER
+        room = self.free_pages - self._set_aside()
+        if self._needed(sequence) - self._lengths.of((sequence,))[0] > room:
+            return Admission.NO_ROOM
+        match = self.tree.match(keys, namespace)
+        request = sequence.request
+        if sequence.scoring:  # only what its scores are known for is of use
+            notes = self.tree.notes(match)
+            match = self.tree.match(keys[: max(len(notes), request.scores.known // self.page_size)], namespace)
+        self.tree.lock(match.node)  # what it holds is not free any more
+        if self._needed(sequence) - len(match.pages) > self.free_pages - self._set_aside():
+            self.tree.unlock(match.node)
+            return Admission.NO_ROOM
+        self.waiting.remove(sequence)
+        self._waits_no_more(sequence)
+        self.running.append(sequence)
+        sequence.slot = self._slots.pop()
+        sequence.node, sequence.pages = match.node, list(match.pages)
+        sequence.shared_pages = len(match.pages)
+        sequence.computed = len(match.pages) * self.page_size
+        if sequence.scoring and match.pages:
+            for i, page in enumerate(notes[: len(match.pages)]):
+                request.scores.add(i * self.page_size, page)
+            sequence.computed -= 1  # the last cached position scores the first token behind it
+        self.counters.recomputed_tokens += max(0, self._preempted.pop(sequence, 0) - sequence.computed)
+        if request.scheduled_s is None:
+            request.scheduled_s = self.now_s
+        if request.cached_tokens is None:
+            request.cached_tokens = sequence.computed
+            self.counters.prefix_queries += len(request.prompt)
+            self.counters.prefix_hits += sequence.computed
+            self.steward.started(sequence, sequence.computed, request.scheduled_s - request.arrival_s)
+        return Admission.ADMITTED
+
+    def _needed(self, sequence: Sequence) -> int:
+        """Pages to be free for `sequence` to start, its cached ones included."""
+        longest = sequence.prompt_tokens + sequence.max_tokens - 1 if self.reserve else 0
+        return self._pages_for(max(len(sequence.tokens), longest))
+
+    def _set_aside(self) -> int:
+        """Free pages that no new sequence may take: those promised to running ones, or a few for their next tokens."""
+        if self.reserve:
+            return sum(max(0, self._needed(s) - len(s.pages)) for s in self.running)
+        return len(self.running) + self.pool.size // 100 if self.running else 0
+
+    def _waits_no_more(self, sequence: Sequence) -> None:
+        self._lengths.forget(sequence)
+        self.steward.accounts.waits_no_more(sequence.client)
+
+    def _chain(self, sequence: Sequence) -> list[int]:
+        """Names of the pages that a cache hit may cover."""
+        if not self._shares(sequence):
+            return []
+        return self.tree.chain_hashes(self._keys(sequence, self._sharable(sequence)), self._namespace(sequence))
 
     def _prefix_in_flight(self, sequence: Sequence, keys: list[tuple[int, ...]]) -> bool:
         """Whether a running prompt is about to compute the page `sequence` lacks next: then it pays to wait for it."""
         namespace = self._namespace(sequence)
-        have = self.tree.peek(keys, namespace)
+        have = self._lengths.of((sequence,))[0]
         if have == len(keys):
             return False
         for other in self.running:
@@ -371,8 +440,7 @@ class Scheduler:
             first = min(self.running, key=lambda s: (s.priority, s.order))
             others = [s for s in self.running if s is not first]
             last = max(s.priority for s in others)
-            victim = self.policy.victim([s for s in others if s.priority == last])
-            assert isinstance(victim, Sequence)
+            victim = self.steward.victim([s for s in others if s.priority == last])
             rows.pop(victim, None)
             self.preempt(victim)
             if victim is sequence:

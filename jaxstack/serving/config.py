@@ -1,6 +1,7 @@
 """The server's settings: where it listens, who may ask, and how much of anything it allows."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_type_hints
 
 from jaxstack.runtime.errors import UserError
@@ -14,7 +15,11 @@ class ServerConfig:
       host: address to listen on; the loopback address unless others shall reach it.
       port: 0 takes a free one.
       model_name: what clients call the model.
-      api_key: if set, requests other than `/health` and `/metrics` must carry it as a bearer token.
+      api_key: if set, requests other than `/health`, `/metrics` and the page must carry it as a bearer token.
+      api_keys: further keys, by the name of their owner, under which a scheduling policy counts what they ask. These
+        names, and others that clients go by, stand in `/metrics` and on the page.
+      trust_client_id: count requests under the name in the header `X-Client-Id`, where their key has no owner. For
+        servers that only a gateway can reach; anybody else would choose a new name for each request.
       allowed_origins: web pages of these origins may call (CORS); none by default.
       max_body_bytes: size of a request body.
       max_streams: requests being answered at once, streaming or not; more get 429. The queue has its own limit, the
@@ -44,6 +49,8 @@ class ServerConfig:
     port: int = 8000
     model_name: str = "default"
     api_key: str | None = None
+    api_keys: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
+    trust_client_id: bool = False
     allowed_origins: tuple[str, ...] = ()
     max_body_bytes: int = 4 * 2**20
     max_streams: int = 512
@@ -68,6 +75,10 @@ class ServerConfig:
         _check(bool(self.host), "host", self.host, "an address or name")
         _check(bool(self.model_name), "model_name", self.model_name, "a name")
         _check(self.api_key is None or bool(self.api_key), "api_key", self.api_key, "None or a key that is not empty")
+        for owner, key in self.api_keys.items():
+            _check(bool(owner) and bool(key), f"api_keys[{owner!r}]", "no key" if owner else "no name", "both")
+        keys = [*self.api_keys.values(), *([self.api_key] if self.api_key else [])]
+        _check(len(set(keys)) == len(keys), "api_keys", "the same key twice", "different keys")
         for name in ("max_body_bytes", "max_streams", "max_connections", "max_choices", "tokenizer_threads"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
         _check(self.max_stop_strings >= 0, "max_stop_strings", self.max_stop_strings, "an integer >= 0")

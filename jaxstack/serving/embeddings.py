@@ -8,6 +8,7 @@ import pydantic
 
 from jaxstack.engine import Engine, PromptTooLong
 from jaxstack.runtime.errors import UserError
+from jaxstack.serving.clients import Caller
 from jaxstack.serving.config import ServerConfig
 from jaxstack.serving.errors import ApiError, bad_field
 from jaxstack.serving.prompts import adapter_of, need_tokenizer
@@ -24,10 +25,11 @@ class EmbeddingsRequest(pydantic.BaseModel):
     dimensions: int | None = None
     pooling: str | None = None
     add_special_tokens: bool = True
+    user: str | None = None
 
 
-def embeddings(body: bytes, engine: Engine, config: ServerConfig) -> dict[str, Any]:
-    """The response object. Blocks until the engine has computed it.
+def embeddings(body: bytes, engine: Engine, config: ServerConfig, caller: Caller | None = None) -> dict[str, Any]:
+    """The response object. Blocks until the engine has computed it. `caller` asks; None for this process itself.
 
     `dimensions` keeps the first ones and makes the vector's length one again, which is meant for models trained so
     that their first dimensions say most.
@@ -55,7 +57,7 @@ def embeddings(body: bytes, engine: Engine, config: ServerConfig) -> dict[str, A
         for prompt in given
     ]
     try:
-        vectors = engine.embed(prompts, pooling, adapter=adapter)
+        vectors = engine.embed(prompts, pooling, adapter=adapter, client=caller.client(request.user) if caller else "")
     except UserError as error:
         if not str(error).startswith("prompt:"):
             raise

@@ -6,12 +6,14 @@ the same thing wherever it is answered.
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from jaxstack.engine import Engine
 from jaxstack.serving.answers import Answer, ChatAnswer, CompletionAnswer
+from jaxstack.serving.clients import Caller
 from jaxstack.serving.config import ServerConfig
 from jaxstack.serving.embeddings import embeddings
 from jaxstack.serving.generation import Generation
@@ -51,14 +53,16 @@ class Endpoints:
         """`prepare(body, engine, config)` on a pool thread."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, prepare, body, self.engine, self.config)
 
-    async def prepare(self, path: str, body: bytes) -> Answer:
-        """Reads and checks a request.
+    async def prepare(self, path: str, body: bytes, caller: Caller | None = None) -> Answer:
+        """Reads and checks a request, which is `caller`'s; None for one made in this process.
 
         Raises:
           ApiError, UserError: what is wrong with it.
         """
         prepare, answer = _GENERATING[path]
         job = await self.on_pool(prepare, body)
+        if caller is not None:
+            job = dataclasses.replace(job, client=caller.client(job.request.user))
         return answer(job, self.engine.tokenizer, job.adapter or self.config.model_name)
 
     async def answer(self, path: str, body: bytes) -> dict[str, Any]:
@@ -67,11 +71,11 @@ class Endpoints:
             return await self.embeddings(body)
         return await self.whole(await self.prepare(path, body))
 
-    async def embeddings(self, body: bytes) -> dict[str, Any]:
+    async def embeddings(self, body: bytes, caller: Caller | None = None) -> dict[str, Any]:
         """The response object of `embeddings`. Raises as it does."""
         # On threads of its own: it waits for the engine, and prompts must not wait for it.
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._waiting, embeddings, body, self.engine, self.config)
+        return await loop.run_in_executor(self._waiting, embeddings, body, self.engine, self.config, caller)
 
     async def whole(self, reply: Answer) -> dict[str, Any]:
         """The response object of a request that has been prepared."""
@@ -108,6 +112,7 @@ class Endpoints:
             timeout_s=job.timeout_s,
             adapter=job.adapter,
             priority=job.request.priority,
+            client=job.client,
         ) as generation:
             self._running.add(generation)
             try:

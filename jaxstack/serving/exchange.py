@@ -37,6 +37,7 @@ class Exchange:
         self._receive, self._send = receive, send
         self.headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         self.started = False
+        self.owner: str | None = None  # of the API key, once that has been checked
         self._body_read = not {"content-length", "transfer-encoding"} & self.headers.keys()
         self._streaming = False
 

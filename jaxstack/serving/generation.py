@@ -65,7 +65,7 @@ class Generation:
       prompts: token ids, one request to the engine each.
       whole: hand out nothing before everything has come.
       timeout_s: ends all choices with finish_reason "length" after so long.
-      adapter, priority: as the engine's `submit`.
+      adapter, priority, client: as the engine's `submit`.
     """
 
     def __init__(
@@ -78,10 +78,12 @@ class Generation:
         timeout_s: float | None = None,
         adapter: str | None = None,
         priority: int = 0,
+        client: str = "",
     ):
         self._whole = whole
         self._engine, self._prompts, self._sampling = engine, prompts, sampling
         self._timeout_s, self._adapter, self._priority = timeout_s, adapter, priority
+        self._client = client
         self._timed_out = self._late = False
         self._names = [f"http-{uuid.uuid4().hex}" for _ in prompts]
         self._open = set(range(len(prompts) * sampling.n))
@@ -176,6 +178,7 @@ class Generation:
                 whole=self._whole,
                 adapter=self._adapter,
                 priority=self._priority,
+                client=self._client,
                 timeout_s=self._timeout_s,
             ):
                 self._add(which, first + delta.index, delta)

@@ -10,10 +10,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    SummaryMetricFamily,
+)
+from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from jaxstack.engine import Engine, RequestTiming
+from jaxstack.serving.fairness import of_clients
 
 # vLLM's bucket bounds.
 _FIRST_TOKEN = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0]
@@ -87,6 +94,7 @@ class Metrics(Collector):
         self._generated = _Histogram("vllm:request_generation_tokens", "Tokens of an answer, all choices.", _TOKENS)
         self._n = _Histogram("vllm:request_params_n", "Choices asked for.", _CHOICES)
         self._max_tokens = _Histogram("vllm:request_params_max_tokens", "max_tokens asked for.", _TOKENS)
+        self._clients: dict[str, None] = {}  # that have a series of their own
         self._histograms = [value for value in vars(self).values() if isinstance(value, _Histogram)]
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
@@ -130,7 +138,7 @@ class Metrics(Collector):
         """Nothing: asked at registration, when reading the engine would be too early."""
         return []
 
-    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily | HistogramMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         """Every metric family, read now."""
         stats = self._engine.stats()
         used = 1 - stats.pages_free / max(stats.pages_total, 1)
@@ -168,8 +176,40 @@ class Metrics(Collector):
         for state in ("free", "tree", "private"):
             pages.add_metric([self._model_name, state], getattr(stats, f"pages_{state}"))
         yield pages
+        yield from self._fairness()
         for histogram in self._histograms:
             yield histogram.family(self._model_name)
+
+    def _fairness(self) -> Iterator[Metric]:
+        """How even the service of clients is, and what each has had. A bound that does not exist is left out."""
+        reading = self._engine.fairness()
+        gauge, counter = self._gauge, self._counter
+        unit = "in prompt tokens' worth per unit of weight"
+        yield gauge(
+            "jaxstack:fairness_gap", f"Largest gap between clients that waited all the time, {unit}.", reading.max_gap
+        )
+        if reading.bound is not None:
+            yield gauge("jaxstack:fairness_bound", f"What the policy promises as its limit, {unit}.", reading.bound)
+        yield counter("jaxstack:scheduler_errors", "Failures of the scheduling policy.", reading.errors)
+        yield counter(
+            "jaxstack:scheduler_blocked_steps", "Steps with room only for clients in debt.", reading.blocked_steps
+        )
+        yield counter("jaxstack:clients_sharing_an_account", "Clients beyond the ledger's limit.", reading.crowded)
+        labels = ["model_name", "client"]
+        service = CounterMetricFamily("jaxstack:client_service", "Service in prompt tokens' worth.", labels=labels)
+        deficit = GaugeMetricFamily("jaxstack:client_deficit", "Credit of a client; below 0 a debt.", labels=labels)
+        waiting = GaugeMetricFamily("jaxstack:client_waiting", "Requests that wait to begin.", labels=labels)
+        wait = SummaryMetricFamily("jaxstack:client_wait_seconds", "Arrival to first computation.", labels=labels)
+        for row in of_clients(reading, first=self._clients):
+            # Once shown, always shown: a counter that stops being its own would seem to fall.
+            self._clients.setdefault(row.client)
+            values = [self._model_name, row.client]
+            service.add_metric(values, row.service)
+            waiting.add_metric(values, row.waiting)
+            wait.add_metric(values, count_value=row.starts, sum_value=row.wait_s)
+            if row.deficit is not None:
+                deficit.add_metric(values, row.deficit)
+        yield from (service, deficit, waiting, wait)
 
     def _step_tokens(self, steps: Mapping[int, int]) -> HistogramMetricFamily:
         """From how many steps computed exactly so many tokens."""

@@ -41,6 +41,7 @@ class Job:
       logprobs: alternatives to show with each token; None shows no log probabilities.
       prompt_only: what is generated is left out.
       reading: how a chat's answers become messages.
+      client: whose it is, for the scheduling policy.
     """
 
     request: Request
@@ -52,6 +53,7 @@ class Job:
     logprobs: int | None = None
     prompt_only: bool = False
     reading: Reading = PLAIN_TEXT
+    client: str = ""
 
 
 def completion_job(body: bytes, engine: Engine, config: ServerConfig) -> Job:

@@ -57,7 +57,6 @@ _HARMLESS = {
     "prompt_cache_retention",
     "safety_identifier",
     "service_tier",
-    "user",
 }
 
 _Request = TypeVar("_Request", bound="Request")
@@ -92,6 +91,7 @@ class Request(pydantic.BaseModel):
     kind: ClassVar[str]
 
     model: str | None = None
+    user: str | None = None
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None

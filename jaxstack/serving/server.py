@@ -6,7 +6,6 @@ against the client going away. Every other outcome is an `ApiError`.
 
 import asyncio
 import contextlib
-import hmac
 import logging
 import threading
 import time
@@ -22,6 +21,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from jaxstack.engine import Engine
+from jaxstack.serving.clients import caller_of, key_fits
 from jaxstack.serving.config import ServerConfig
 from jaxstack.serving.endpoints import Endpoints
 from jaxstack.serving.errors import ApiError, ClientGone, as_api_error, unavailable
@@ -148,7 +148,8 @@ class Service:
 
     async def embed(self, exchange: Exchange) -> None:
         async with self._place(exchange) as body:
-            await exchange.answer(await exchange.while_client_waits(self.endpoints.embeddings(body)))
+            caller = caller_of(exchange, self.config)
+            await exchange.answer(await exchange.while_client_waits(self.endpoints.embeddings(body, caller)))
 
     async def _generate(self, exchange: Exchange, path: str) -> None:
         async with self._place(exchange) as body:
@@ -168,7 +169,7 @@ class Service:
             self.active -= 1
 
     async def _answer(self, exchange: Exchange, path: str, body: bytes) -> None:
-        reply = await self.endpoints.prepare(path, body)
+        reply = await self.endpoints.prepare(path, body, caller_of(exchange, self.config))
         if not reply.job.request.stream:
             await exchange.answer(await self.endpoints.whole(reply))
             return
@@ -212,7 +213,7 @@ class _Endpoint:
 
     def __init__(self, handler: _Handler, config: ServerConfig, *, needs_key: bool = True):
         self._handler, self._config = handler, config
-        self._key = config.api_key if needs_key else None
+        self._needs_key = needs_key and bool(config.api_key or config.api_keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send, self._config)
@@ -231,10 +232,10 @@ class _Endpoint:
                 await exchange.fail(known)
 
     def _check_key(self, exchange: Exchange) -> None:
-        if self._key is None:
+        if not self._needs_key:
             return
         scheme, _, given = exchange.headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(given.strip().encode("utf-8"), self._key.encode("utf-8"))
+        right, exchange.owner = key_fits(given.strip(), self._config)
         if scheme.lower() != "bearer" or not right:
             message = "missing or wrong API key; expected the header Authorization: Bearer KEY"
             raise ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})

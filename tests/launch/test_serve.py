@@ -76,12 +76,19 @@ def test_mistakes_get_one_line_and_a_code(folder: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text("{")
+    keys = tmp_path / "keys"
+    keys.write_text("# owners\na=1\na = 2\n")
     cases = {
         f"--model={tmp_path / 'nothing'}": (1, "nothing"),
         f"--model={broken}": (1, "config.json"),
         f"--model={folder}\t--page_size=12": (1, "page_size: found 12, expected a power of two"),
         f"--model={folder}\t--max_model_len=128": (1, "max_model_len: found 128"),
         f"--model={folder}\t--port=99999": (1, "port: found 99999"),
+        f"--model={folder}\t--quantum=5": (1, "quantum: found 5 for the policy 'fcfs', expected none but for dlpm"),
+        f"--model={folder}\t--policy=dlpm\t--quantum=0": (1, "quantum: found 0, expected an integer >= 1"),
+        f"--model={folder}\t--client_weights=a=2,b": (2, "--client_weights: found 'b', expected NAME=WEIGHT"),
+        f"--model={folder}\t--api_keys={broken}": (2, "cannot be read"),
+        f"--model={folder}\t--api_keys={keys}": (2, "keys:3: found the name a second time, expected NAME=KEY"),
         f"--model={folder}\tstray": (2, "unexpected argument 'stray'"),
         "--port=many": (2, "--port=many"),
         "--colour=red": (2, "colour"),

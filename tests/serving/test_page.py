@@ -169,3 +169,14 @@ def test_the_snapshot_adds_up(server, http: httpx.Client, engine):
     assert pages["free"] + pages["held"] + pages["shared"] == pages["total"] == engine.scheduler.pool.size
     assert len(found["cells"]) == -(-pages["total"] // pages["per_cell"])
     assert found["cells"].count("f") == pages["free"]
+
+
+def test_it_shows_clients_and_how_even_their_service_is(page, engine, client):
+    for _ in range(2):
+        client.completions.create(model="tiny", prompt="hello", max_tokens=3, user="me & <b>you</b>")
+    eventually(page, "!document.getElementById('fairness').hidden")
+    eventually(page, "document.getElementById('clients').textContent.includes('me & <b>you</b>')")
+    reading = engine.fairness()
+    assert f"policy {reading.policy}" in page.inner_text("#certificate")
+    service = f"{reading.clients['me & <b>you</b>'].service:,}"
+    eventually(page, f"document.getElementById('clients').textContent.includes('{service}')")

@@ -21,7 +21,8 @@ PageKey = tuple[int, ...]
 class Node:
     """A run of pages. `keys[i]` are the tokens in page `pages[i]`; the root of a namespace has none.
 
-    `notes[i]` is whatever else is known of that page (the scores of its tokens), None for nothing.
+    `notes[i]` is whatever else is known of that page (the scores of its tokens), None for nothing; `chain[i]` is the
+    hash of all keys from the root up to it, which the root begins with that of its namespace.
     """
 
     keys: list[PageKey]
@@ -31,6 +32,7 @@ class Node:
     children: "dict[PageKey, Node]" = dataclasses.field(default_factory=dict)
     lock: int = 0
     last_use: int = 0
+    chain: list[int] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,10 @@ class RadixTree:
 
     Args:
       pool: where evicted and duplicate pages go back to.
+
+    Attributes:
+      cached: the chained hashes (`chain_hashes`) of all pages it owns.
+      version: grows whenever that set changes.
     """
 
     def __init__(self, pool: PagePool):
@@ -56,6 +62,12 @@ class RadixTree:
         self._heap: list[tuple[int, int, Node]] = []
         self._ticket = itertools.count()
         self.evictable = 0
+        self.cached: set[int] = set()
+        self.version = 0
+
+    def chain_hashes(self, keys: Sequence[PageKey], namespace: Hashable = None) -> list[int]:
+        """A name for each page of a prefix, that says what is in all pages up to it: 64 bits, so not beyond doubt."""
+        return _chain(keys, _seed(namespace))
 
     def peek(self, keys: Sequence[PageKey], namespace: Hashable = None) -> int:
         """Pages of the longest cached prefix, without touching or splitting anything."""
@@ -117,7 +129,10 @@ class RadixTree:
             return found
         fresh = list(pages[have : len(keys)])
         self._pool.give_to_tree(fresh)
-        leaf = Node(list(keys[have:]), fresh, [None] * len(fresh), found.node, last_use=next(self._clock))
+        chain = _chain(keys[have:], found.node.chain[-1])
+        leaf = Node(list(keys[have:]), fresh, [None] * len(fresh), found.node, last_use=next(self._clock), chain=chain)
+        self.cached.update(chain)
+        self.version += 1
         found.node.children[keys[have]] = leaf
         self.evictable += len(fresh)
         self._offer(leaf)
@@ -159,7 +174,8 @@ class RadixTree:
             self.evictable -= take
             freed += take
             first = node.keys[0]
-            del node.pages[-take:], node.keys[-take:], node.notes[-take:]
+            self._forget(node.chain[-take:])
+            del node.pages[-take:], node.keys[-take:], node.notes[-take:], node.chain[-take:]
             if node.pages:
                 self._offer(node)
             else:
@@ -186,7 +202,8 @@ class RadixTree:
                 self._pool.release(node.pages, Owner.TREE)
                 freed += len(node.pages)
                 del node.parent.children[node.keys[0]]
-                node.parent, node.pages, node.keys, node.notes = None, [], [], []
+                self._forget(node.chain)
+                node.parent, node.pages, node.keys, node.notes, node.chain = None, [], [], [], []
         self.evictable -= freed
         if not root.children and not root.lock:
             del self._roots[namespace]
@@ -204,7 +221,7 @@ class RadixTree:
     def _root(self, namespace: Hashable) -> Node:
         root = self._roots.get(namespace)
         if root is None:
-            root = self._roots[namespace] = Node([], [], [], None)
+            root = self._roots[namespace] = Node([], [], [], None, chain=[_seed(namespace)])
         return root
 
     def _split(self, node: Node, at: int) -> Node:
@@ -212,15 +229,32 @@ class RadixTree:
         parent = node.parent
         assert parent is not None
         upper = Node(node.keys[:at], node.pages[:at], node.notes[:at], parent, lock=node.lock, last_use=node.last_use)
+        upper.chain, node.chain = node.chain[:at], node.chain[at:]
         parent.children[upper.keys[0]] = upper
         node.keys, node.pages, node.notes, node.parent = node.keys[at:], node.pages[at:], node.notes[at:], upper
         upper.children[node.keys[0]] = node
         return upper
 
+    def _forget(self, chain: Sequence[int]) -> None:
+        self.cached.difference_update(chain)
+        self.version += 1
+
     def _offer(self, node: Node) -> None:
         """Puts a leaf that could be evicted on the heap; stale entries are skipped when they come up."""
         if node.parent is not None and not node.lock and not node.children:
             heapq.heappush(self._heap, (node.last_use, next(self._ticket), node))
+
+
+def _seed(namespace: Hashable) -> int:
+    return hash((namespace,))
+
+
+def _chain(keys: Sequence[PageKey], before: int) -> list[int]:
+    hashes = []
+    for key in keys:
+        before = hash((before, key))
+        hashes.append(before)
+    return hashes
 
 
 def _common(run: Sequence[PageKey], keys: Sequence[PageKey], start: int) -> int:

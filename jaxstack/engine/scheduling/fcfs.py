@@ -1,24 +1,22 @@
 """First come, first served."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
-from jaxstack.engine.scheduling.policy import Schedulable, SchedulerView
+from jaxstack.engine.scheduling.policy import Admission, ClientBlind, SchedulerView, TryAdmit
 
 
-class FirstComeFirstServed:
-    """By arrival. A preempted request keeps its place, so it comes back before those that arrived after it."""
+class FirstComeFirstServed(ClientBlind):
+    """By arrival; one that does not fit holds up those behind it. A preempted request keeps its place, so it comes back
+    before those that arrived after it.
+    """
 
-    def order(self, waiting: Sequence[Schedulable], view: SchedulerView) -> Iterable[Schedulable]:
+    name = "fcfs"
+
+    def order(self, waiting: Sequence[Any], view: SchedulerView) -> Iterable[Any]:
         return sorted(waiting, key=lambda request: request.order)
 
-    def victim(self, running: Sequence[Schedulable]) -> Schedulable:
-        return max(running, key=lambda request: request.order)
-
-    def on_admit(self, request: Schedulable, cached: int) -> None:
-        pass
-
-    def on_tokens(self, request: Schedulable, extended: int, generated: int) -> None:
-        pass
-
-    def on_finish(self, request: Schedulable) -> None:
-        pass
+    def schedule(self, waiting: Sequence[Any], view: SchedulerView, try_admit: TryAdmit) -> None:
+        for request in self.order(waiting, view):
+            if try_admit(request) in (Admission.NO_ROOM, Admission.FULL):
+                return

@@ -4,6 +4,7 @@
 """
 
 import collections
+import dataclasses
 import itertools
 from importlib import resources
 from typing import Any
@@ -12,11 +13,14 @@ import numpy as np
 
 from jaxstack.engine import Engine, RequestTiming
 from jaxstack.serving.config import ServerConfig
+from jaxstack.serving.fairness import of_clients
 
 __all__ = ["HEADERS", "LivePage"]
 
 # Squares of the picture at most; each stands for several pages where there are more.
 _CELLS = 2048
+# Clients shown by name.
+_CLIENTS = 12
 # Requests that the percentiles look back on.
 _RECENT = 256
 
@@ -76,8 +80,21 @@ class LivePage:
                 "tokens": self._engine.config.page_size,
             },
             "cells": "".join("fsh"[owner] for owner in itertools.islice(owners, 0, None, stride)),
+            "fairness": self._fairness(),
             "ttft_s": _percentiles(first),
             "tpot_s": _percentiles(between),
+        }
+
+    def _fairness(self) -> dict[str, Any]:
+        """The policy, the certificate, and the clients with the most service."""
+        reading = self._engine.fairness()
+        return {
+            "policy": reading.policy,
+            "max_gap": round(reading.max_gap),
+            "bound": reading.bound,
+            "pair": reading.pair,
+            "errors": reading.errors,
+            "clients": [dataclasses.asdict(row) for row in of_clients(reading, limit=_CLIENTS)],
         }
 
 
