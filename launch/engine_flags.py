@@ -8,7 +8,9 @@ from typing import Any
 from absl import flags
 
 from jaxstack.engine import Engine, EngineConfig
+from jaxstack.engine.live import step_shapes
 from jaxstack.engine.scheduling import POLICIES
+from jaxstack.engine.scheduling.trace import TraceRecorder
 from jaxstack.models.embedded import embedded_model
 from jaxstack.serving import EngineModel
 from launch import job
@@ -74,6 +76,20 @@ def load_engine(folder: Path, config: EngineConfig) -> Engine:
     for name, adapter in _adapters():
         engine.load_adapter(name, adapter)
     return engine
+
+
+@contextlib.contextmanager
+def recorded(engine: Engine, path: str | None) -> Iterator[None]:
+    """Records what the engine is asked, into a trace at `path`; nothing without one. Raises as `TraceRecorder`."""
+    if path is None:
+        yield
+        return
+    with TraceRecorder(path, engine.scheduler, step_shapes(engine)) as recorder:
+        engine.observers.append(recorder)
+        try:
+            yield
+        finally:
+            engine.observers.remove(recorder)
 
 
 @contextlib.contextmanager

@@ -44,6 +44,7 @@ _TIMEOUT = flags.DEFINE_float("request_timeout_s", None, "longest time for one a
 _POOLING: Any = flags.DEFINE_enum(
     "pooling", _SERVER.pooling, ["last", "mean"], "what an embedding is made of: the last token or the mean over all"
 )
+_TRACE = flags.DEFINE_string("record_trace", None, "file for a trace of the requests, without text (launch.replay)")
 flags.adopt_module_key_flags(engine_flags)
 
 
@@ -94,7 +95,8 @@ def run() -> dict[str, Any]:
             print(f"serving {config.model_name} at {url}/v1", flush=True)
 
         try:
-            serve(engine, config, listener=listener, on_ready=on_ready)
+            with engine_flags.recorded(engine, _TRACE.value):
+                serve(engine, config, listener=listener, on_ready=on_ready)
         except RuntimeError as error:
             raise UserError(f"the engine has died ({error}); its log tells more") from error
     stats = engine.stats()

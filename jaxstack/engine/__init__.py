@@ -21,8 +21,9 @@ logprobs of its tokens, `pooling.py` its vector.
 `stats.py` takes readings. `request.py` has the types that all of them pass around.
 """
 
-from jaxstack.engine.config import EngineConfig
-from jaxstack.engine.engine import Engine
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from jaxstack.engine.errors import EngineDead, PromptTooLong, QueueFull
 from jaxstack.engine.prompt_embeddings import EmbeddingPrompt
 from jaxstack.engine.request import (
@@ -35,7 +36,18 @@ from jaxstack.engine.request import (
     TokenLogprob,
 )
 from jaxstack.engine.scheduling import FairnessReading
-from jaxstack.engine.stats import EngineStats
+
+if TYPE_CHECKING:
+    from jaxstack.engine.config import EngineConfig
+    from jaxstack.engine.engine import Engine
+    from jaxstack.engine.stats import EngineStats
+
+# What needs jax comes when it is asked for: policies, the simulator and a router run without.
+_WITH_JAX = {
+    "Engine": "jaxstack.engine.engine",
+    "EngineConfig": "jaxstack.engine.config",
+    "EngineStats": "jaxstack.engine.stats",
+}
 
 __all__ = [
     "Completion",
@@ -54,3 +66,10 @@ __all__ = [
     "SamplingParams",
     "TokenLogprob",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WITH_JAX:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found = getattr(importlib.import_module(_WITH_JAX[name]), name)
+    return found

@@ -31,6 +31,7 @@ from jaxstack.engine.errors import EngineDead, QueueFull
 from jaxstack.engine.guided import GrammarCompiler
 from jaxstack.engine.invariance import prove
 from jaxstack.engine.listeners import Feed
+from jaxstack.engine.observer import Observer
 from jaxstack.engine.pipeline import Pipeline
 from jaxstack.engine.pooling import Pooled, Pooling
 from jaxstack.engine.prompt_embeddings import EmbeddingPrompt
@@ -452,6 +453,27 @@ class Engine:
         """What each client has had, and how even that is; callable from any thread."""
         return self.scheduler.steward.reading()
 
+    @property
+    def observers(self) -> list[Observer]:
+        """Told of every request and step, on the thread that steps. Add to it while no turn is under way."""
+        return self._pipeline.observers
+
+    def use_policy(self, policy: Policy) -> None:
+        """Schedules by `policy` from the next step on, with an empty prefix cache. Compiles nothing.
+
+        Raises:
+          UserError: requests are open, of which the policy could know nothing.
+        """
+
+        def exchange() -> None:
+            if self._answers.live:
+                raise UserError(f"policy: found {len(self._answers.live)} open requests, expected none to change it")
+            self._pipeline.settle()
+            self.policy = policy
+            self._pipeline.discard(self._new_scheduler(self.scheduler.pool.size))
+
+        self._driver.between_turns(exchange)
+
     def on_finish(self, callback: Callable[[RequestTiming], None]) -> None:
         """`callback` is told of every finished request, on the thread that steps."""
         self._answers.on_finish.append(callback)
@@ -501,11 +523,16 @@ class Engine:
         self.runner.reset_cache()
 
     def _enter(self, request: Request) -> None:
+        for observer in self.observers:
+            observer.on_enter(request, self._pipeline.place)
         for sequence in self._answers.open(request):
             self.scheduler.add(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
         self.scheduler.finish(sequence)
         request = sequence.request
+        if request.unfinished == 1:
+            for observer in self.observers:
+                observer.on_leave(request, self._answers.live[request.request_id], self._pipeline.place)
         if request.adapter is not None and request.unfinished == 1:
             self._adapters.release(request.adapter)

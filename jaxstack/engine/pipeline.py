@@ -20,10 +20,12 @@ import numpy as np
 from jaxstack.engine.answers import Answers
 from jaxstack.engine.batch import pack
 from jaxstack.engine.draws import DrawPacker
+from jaxstack.engine.observer import Observer
 from jaxstack.engine.prompt_scores import PageScores, pack_targets
 from jaxstack.engine.request import Sequence
 from jaxstack.engine.runner import Runner, StepFuture
-from jaxstack.engine.scheduler import Scheduler, StepPlan
+from jaxstack.engine.scheduler import Scheduler
+from jaxstack.engine.step_plan import StepPlan
 
 
 class Pipeline:
@@ -34,6 +36,7 @@ class Pipeline:
 
     Attributes:
       scheduler: may be replaced while nothing is in flight, or before `discard`.
+      observers: told of each step.
       iteration_tokens: how many steps computed so many tokens.
       step_seconds: spent in turns that computed something; of these, `wait_seconds` waiting for the device, the rest
         planning, packing, launching and taking tokens.
@@ -45,9 +48,16 @@ class Pipeline:
         sampler = runner.sampler
         self._packer = DrawPacker(scrap_slot=sampler.scrap_slot, layout=sampler.layout, eos=answers.eos)
         self._in_flight: StepFuture | None = None
+        self._launched_s = 0.0
+        self.observers: list[Observer] = []
         self.iteration_tokens: collections.Counter[int] = collections.Counter()
-        self.steps = self.rows = self.padding = 0
+        self.launches = self.steps = self.rows = self.padding = 0
         self.step_seconds = self.wait_seconds = 0.0
+
+    @property
+    def place(self) -> int:
+        """Steps launched plus steps settled (or lost): the pipeline's own time."""
+        return self.launches + self.steps
 
     def turn(self) -> bool:
         """Starts the next step and settles the one in flight. False when there was nothing of either."""
@@ -62,12 +72,15 @@ class Pipeline:
             assert plan is not None
         if plan.rows:
             batch = pack(plan, self.runner.shapes, page_size=self._page_size, num_pages=self.scheduler.pool.size)
+            launched_s = time.perf_counter()
             launched = self.runner.launch(batch)
             if (targets := pack_targets(plan, batch.shape.rows)) is not None:
                 launched = self.runner.score(launched, targets)
             self.scheduler.launched(plan)
+            self.launches += 1
             self.settle()
             self._in_flight = self.runner.draw(launched, self._packer.pack(plan, batch.shape.samples))
+            self._launched_s = launched_s
             if not self._overlap or all(row.sequence.finish_reason is not None for row in plan.rows):
                 self.settle()
         else:
@@ -91,6 +104,8 @@ class Pipeline:
         self.padding += shape.rows - plan.tokens
         self.iteration_tokens[plan.tokens] += 1
         self.scheduler.settled(plan)
+        for observer in self.observers:
+            observer.on_step(plan, shape.rows, self._launched_s, now)
         if future.scores is not None:
             self._take_scores(plan, PageScores(*map(np.asarray, future.scores)))
         self._take_hidden(plan, future)

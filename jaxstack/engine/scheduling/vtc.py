@@ -85,8 +85,12 @@ class VirtualTokenCounter(ClientBlind):
             self._open.pop(request.client, None)
 
     def bound(self, longest_prompt: int, output_tokens: int) -> int | None:
-        """`2 max(w_e L_in, w_q R)`: the counters of those who wait are never further apart than half of it."""
-        return 2 * max(self.cost.extend * longest_prompt, self.cost.output * output_tokens)
+        """`2 (w_e L_in + w_q R)`: the counters of those who wait are never further apart than half of it, since whoever
+        was admitted had least, and has had one prompt and its running answers since.
+
+        (The paper's `2 max(w_p L_in, w_q M)` says the same with an M that counts the running batch's prompts, too.)
+        """
+        return 2 * (self.cost.extend * longest_prompt + self.cost.output * output_tokens)
 
     def counters(self) -> dict[str, float]:
         """Each client's service per unit of weight, lifts included. Callable from any thread."""
