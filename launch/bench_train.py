@@ -8,8 +8,8 @@ their positions), packed into rows with a mask of blocks, padded in groups of li
 threads that sleep instead of spinning, and, if asked for, with torch.compile (it took two minutes and was slower).
 
     speedup_vs_peft       trained tokens a second, ours packed against the peer's best
-    speedup_vs_peft_with_kept_memory
-                          the same, the peer started with the C library's settings that our trainer makes by itself
+    speedup_vs_peft_with_huge_pages
+                          the same, the peer started with the C library's setting that our launchers make by themselves
                           (`jaxstack.runtime.memory`): what is left when somebody tunes the peer's environment
     speedup_pure_step     the same padded batches on both sides: what a step costs, packing aside
     losses_max_difference of all steps, which must agree
@@ -18,6 +18,11 @@ threads that sleep instead of spinning, and, if asked for, with torch.compile (i
 
 The model has all widths of Qwen2.5-0.5B, but fewer layers and tokens (`--layers`, `--vocab_size`), random weights.
 """
+
+if __name__ == "__main__":  # as launch.sft does
+    from jaxstack.runtime.memory import restart_with_huge_pages
+
+    restart_with_huge_pages()
 
 import concurrent.futures
 import contextlib
@@ -38,7 +43,7 @@ from tqdm import tqdm
 from jaxstack.models import lora
 from jaxstack.models.peft_format import save_peft
 from jaxstack.runtime.errors import UserError
-from jaxstack.runtime.memory import keep_freed_memory
+from jaxstack.runtime.memory import with_huge_pages
 from launch import job
 from launch.peers import PeerProcess, find_interpreter
 from launch.serve_benchmark.machine import FOREIGN_LIMIT, LoadMeter, describe, foreign_now
@@ -65,12 +70,10 @@ _OPTIONS: dict[str, Any] = {"learning_rate": _LEARNING_RATE, "clip_norm": _CLIP,
 _PADDED = 6  # examples of a step of the padded comparison
 
 _POLICIES = ("ACTIVE", "PASSIVE")
-_KEPT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
 def run() -> dict[str, Any]:
     interpreter = find_interpreter(_PEER_PYTHON.value)
-    keep_freed_memory()  # as launch.sft does
     workdir = Path(_WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)
     config = model_config(_LAYERS.value, _VOCAB.value)
@@ -124,12 +127,12 @@ class _Contest:
         self._modes: dict[str, dict[str, Any]] = {"flattened": {"kind": "flattened"}, "packed": packed}
         self._modes |= {f"padded, {n} groups by length": {"kind": "padded", "groups": n} for n in (2, 4)}
 
-    def _open(self, policy: str, *, kept: bool = False) -> PeerProcess:
+    def _open(self, policy: str, *, huge_pages: bool = False) -> PeerProcess:
         peer = PeerProcess(
             [self._interpreter, Path(__file__).parent / "peers" / "peft_train.py"],
             log_file=self._workdir / "peft.log",
             environment={
-                **(_KEPT if kept else {}),
+                **(with_huge_pages({}) if huge_pages else {"GLIBC_TUNABLES": ""}),
                 "OMP_WAIT_POLICY": policy,
                 "OMP_NUM_THREADS": str(_THREADS),
                 "HF_HUB_OFFLINE": "1",
@@ -163,11 +166,11 @@ class _Contest:
         ours_padded, *_ = self._ours(padded, padded[0]["token_ids"].shape[1])
         self._note(f"ours: {ours.compile_s:.1f} s to compile, {first_ours:.1f} s to the first step's end")
         # Processes of their own, so that none has another's optimizer.
-        peer, peer_kept, peer_padded = (
-            self._stack.enter_context(self._open(policy, kept=kept)) for kept in (False, True, False)
+        peer, peer_huge, peer_padded = (
+            self._stack.enter_context(self._open(policy, huge_pages=huge)) for huge in (False, True, False)
         )
         their_losses, first_peer = self._fresh(peer, self._all, mode, compiled)
-        self._fresh(peer_kept, self._all, mode, compiled)
+        self._fresh(peer_huge, self._all, mode, compiled)
         alike = {"kind": "padded", "groups": 1, "length": padded[0]["token_ids"].shape[1]}
         self._fresh(peer_padded, self._steps.plain(_PADDED), alike, False)
         self._note(f"peft: {first_peer:.1f} s to the first step's end")
@@ -176,11 +179,11 @@ class _Contest:
         sides: dict[str, tuple[Callable[[int, int], tuple[list[float], float]], list, int]] = {
             "ours": (ours.run, self._steps.packed(), count),
             "peft": (partial(self._run, peer, mode), self._steps.packed(), count),
-            "peft, kept memory": (partial(self._run, peer_kept, mode), self._steps.packed(), count),
+            "peft, huge pages": (partial(self._run, peer_huge, mode), self._steps.packed(), count),
             "ours padded": (ours_padded.run, padded, 1),
             "peft padded": (partial(self._run, peer_padded, alike), padded, 1),
         }
-        peers = (peer, peer_kept, peer_padded)
+        peers = (peer, peer_huge, peer_padded)
         losses: dict[str, list[float]] = {side: [] for side in sides} | {"ours": my_losses, "peft": their_losses}
         rates: dict[str, list[float]] = {side: [] for side in sides}
         foreign = []
@@ -204,7 +207,7 @@ class _Contest:
             "benchmark": "bench_train",
             "peer": "peft",
             "speedup_vs_peft": ratio("ours", "peft"),
-            "speedup_vs_peft_with_kept_memory": ratio("ours", "peft, kept memory"),
+            "speedup_vs_peft_with_huge_pages": ratio("ours", "peft, huge pages"),
             "speedup_pure_step": ratio("ours padded", "peft padded"),
             "trained_tokens_per_s": {side: round(statistics.median(values), 1) for side, values in rates.items()},
             "losses_max_difference": float(f"{max(abs(a - b) for a, b in zip(my_losses, their_losses)):.2e}"),

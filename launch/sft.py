@@ -8,6 +8,11 @@ The workdir gets model/ (and adapter/ for LoRA), checkpoints/, metrics.jsonl, te
 Started again in the same workdir it goes on where it was, whatever ended it; Ctrl-C and SIGTERM save first.
 """
 
+if __name__ == "__main__":  # before anything else is imported
+    from jaxstack.runtime.memory import restart_with_huge_pages
+
+    restart_with_huge_pages()
+
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -20,7 +25,6 @@ from jaxstack.reasoning.datasets import write_dataset
 from jaxstack.reasoning.evaluation import evaluation_in_training
 from jaxstack.runtime.compilation import use_compilation_cache
 from jaxstack.runtime.errors import UserError
-from jaxstack.runtime.memory import keep_freed_memory
 from jaxstack.training import GenerationEval, SftConfig, train_sft
 from launch import job
 
@@ -61,7 +65,6 @@ def problems_to_answer(config: SftConfig, count: int) -> GenerationEval | None:
 
 def run() -> dict[str, Any]:
     logging.set_verbosity(logging.WARNING)
-    keep_freed_memory()
     config, workdir = _CONFIG.get(), Path(_WORKDIR.value)
     if _SEED.value is not None:
         config = dataclasses.replace(config, seed=_SEED.value)

@@ -11,7 +11,6 @@ from jaxstack.models import lora
 from jaxstack.models.checkpoint import load_decoder
 from jaxstack.models.decoder import Decoder
 from jaxstack.models.linear import LoraParam
-from jaxstack.runtime.memory import keep_freed_memory
 from jaxstack.training import OptimizerConfig
 from jaxstack.training.losses import cross_entropy
 from jaxstack.training.optimizer import build_optimizer
@@ -81,7 +80,6 @@ class Ours:
 
 def peak_bytes(*arguments: Any, **options: Any) -> int:
     """The largest resident size of a process that does nothing but build an `Ours` and take two steps."""
-    keep_freed_memory()
     Ours(*arguments, **options).run(0, 2)
     # Not getrusage: a new process inherits the figure of the one that started it.
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -36,9 +36,7 @@ def main() -> None:
     from jaxstack.reasoning.longcot.config import Cell, StudyConfig
     from jaxstack.runtime.compilation import use_compilation_cache
     from jaxstack.runtime.errors import UserError
-    from jaxstack.runtime.memory import keep_freed_memory
 
-    keep_freed_memory()
     workdir = Path(first["workdir"])
     use_compilation_cache(workdir / "compiled")
     runner = CellRunner(StudyConfig.from_json(first["study"]), workdir)

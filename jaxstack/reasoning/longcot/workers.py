@@ -19,6 +19,7 @@ from typing import Any
 
 from jaxstack.reasoning.longcot.config import Cell, StudyConfig
 from jaxstack.runtime.errors import UserError
+from jaxstack.runtime.memory import with_huge_pages
 
 
 class Worker:
@@ -49,7 +50,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env={**os.environ, "PYTHONPATH": path},
+                env=with_huge_pages({**os.environ, "PYTHONPATH": path}),
                 start_new_session=True,  # a terminal's Ctrl-C is for the study, which passes it on
             )
         self._tell({"workdir": str(workdir), "study": config.as_json(), "cores": list(cores)})
