@@ -19,7 +19,7 @@ from absl import flags
 
 from jaxstack.runtime.errors import UserError
 from jaxstack.serving import ServerConfig, serve
-from jaxstack.serving.running import listen
+from jaxstack.serving.http_server import listen
 from launch import engine_flags, job
 
 _SERVER = ServerConfig()

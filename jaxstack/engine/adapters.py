@@ -10,11 +10,8 @@ import itertools
 import threading
 from collections.abc import Hashable
 
+from jaxstack.engine.errors import UnknownAdapter
 from jaxstack.runtime.errors import UserError
-
-
-class UnknownAdapter(UserError):
-    """No adapter of that name is loaded."""
 
 
 @dataclasses.dataclass(eq=False)

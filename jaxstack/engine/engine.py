@@ -340,6 +340,17 @@ class Engine:
             if open_choices:
                 self.abort(name)
 
+    def cached_pages(self, tokens: Seq[int], adapter: str | None = None) -> list[int]:
+        """Pages of the prefix cache that hold the beginning of a prompt now. Callable from any thread.
+
+        Raises:
+          UserError: no such adapter is loaded.
+        """
+        size = self.config.page_size
+        keys = [tuple(tokens[start : start + size]) for start in range(0, len(tokens) - size + 1, size)]
+        namespace = None if adapter is None else self._adapters.find(adapter).namespace(None)
+        return self.scheduler.tree.held(keys, namespace)
+
     # Adapters.
 
     @property

@@ -11,5 +11,9 @@ class PromptTooLong(UserError):
     """Prompt and answer together exceed the window."""
 
 
+class UnknownAdapter(UserError):
+    """No adapter of that name is loaded."""
+
+
 class EngineDead(RuntimeError):
     """The step thread has ended; nothing more will be answered."""

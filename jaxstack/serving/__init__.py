@@ -3,7 +3,10 @@
 A request comes in at `server.py` (one ASGI endpoint each), is read and checked by `protocol.py`, becomes token ids
 and sampling parameters in `prompts.py` on a pool thread, runs in `generation.py`, which stands between the engine and a
 client that may be slow or gone, and leaves through `answers.py` and `exchange.py` as JSON or server-sent events.
-`errors.py` are the refusals, `metrics.py` what Prometheus reads, `running.py` sockets, signals and shutdown.
+`errors.py` are the refusals, `metrics.py` what Prometheus reads, `application.py` puts handlers behind ASGI, and
+`http_server.py` puts that on a socket, with signals and shutdown.
+
+`router/` stands before several such servers.
 
 Applications take a `LanguageModel` (`language_model.py`): an engine in this process or any OpenAI-compatible endpoint.
 """

@@ -15,7 +15,11 @@ from jaxstack.serving.tools import CallPiece
 
 
 class Answer:
-    """What both endpoints share. One per HTTP request."""
+    """What both endpoints share. One per HTTP request.
+
+    Attributes:
+      usage: once the answer is complete.
+    """
 
     prefix: str
     whole_object: str
@@ -27,6 +31,7 @@ class Answer:
         self._head = {"id": self.id, "created": int(time.time()), "model": model_name}
         options = job.request.stream_options
         self._include_usage = options is not None and options.include_usage
+        self.usage: dict[str, Any] | None = None
 
     def whole(self, pieces: Iterable[Piece], usage: Usage) -> dict[str, Any]:
         """The response object; `pieces` are the choices, each in one piece."""
@@ -43,9 +48,10 @@ class Answer:
 
     def closing(self, usage: Usage) -> list[dict[str, Any]]:
         """The chunk with the usage, if it was asked for."""
+        self.usage = self._usage_json(usage)
         if not self._include_usage:
             return []
-        return [{**self._head, "object": self.chunk_object, "choices": [], "usage": self._usage_json(usage)}]
+        return [{**self._head, "object": self.chunk_object, "choices": [], "usage": self.usage}]
 
     def _whole_choice(self, piece: Piece) -> dict[str, Any]:
         raise NotImplementedError

@@ -7,6 +7,7 @@ the same thing wherever it is answered.
 import asyncio
 import contextlib
 import dataclasses
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,6 +19,8 @@ from jaxstack.serving.config import ServerConfig
 from jaxstack.serving.embeddings import embeddings
 from jaxstack.serving.generation import Generation
 from jaxstack.serving.prompts import Job, chat_job, completion_job
+
+log = logging.getLogger(__name__)
 
 _Prepare = Callable[[bytes, Engine, ServerConfig], Job]
 
@@ -52,6 +55,18 @@ class Endpoints:
     async def on_pool(self, prepare: Callable[[bytes, Engine, ServerConfig], Any], body: bytes) -> Any:
         """`prepare(body, engine, config)` on a pool thread."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, prepare, body, self.engine, self.config)
+
+    def in_background(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Calls `work` on a pool thread; what it raises is logged."""
+
+        def logged() -> None:
+            try:
+                work(*arguments)
+            except Exception:
+                log.exception("%s", work)
+
+        with contextlib.suppress(RuntimeError):  # closing
+            self._pool.submit(logged)
 
     async def prepare(self, path: str, body: bytes, caller: Caller | None = None) -> Answer:
         """Reads and checks a request, which is `caller`'s; None for one made in this process.

@@ -4,8 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jaxstack.engine import EngineDead, PromptTooLong, QueueFull
-from jaxstack.engine.adapters import UnknownAdapter
+from jaxstack.engine.errors import EngineDead, PromptTooLong, QueueFull, UnknownAdapter
 from jaxstack.runtime.errors import UserError
 
 

@@ -16,6 +16,12 @@ from jaxstack.serving.errors import ApiError, ClientGone
 
 _Result = TypeVar("_Result")
 
+WANT_USAGE = "x-want-usage"
+"""A header of a request for a stream: its last comment shall be `USAGE_COMMENT` and the usage, whatever the body says.
+A router asks for it, which keeps accounts but must not change what the client sees.
+"""
+USAGE_COMMENT = b"usage "
+
 # How long, and how much, a client may go on sending after its request was refused, before the connection is closed.
 # Closing at once would make its operating system throw away the answer it has not read yet.
 _LINGER_S, _LINGER_BYTES = 2.0, 64 * 2**20
@@ -38,6 +44,7 @@ class Exchange:
         self.headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         self.started = False
         self.owner: str | None = None  # of the API key, once that has been checked
+        self.more_headers: dict[str, str] = {}  # for whatever the answer will be
         self._body_read = not {"content-length", "transfer-encoding"} & self.headers.keys()
         self._streaming = False
 
@@ -122,13 +129,17 @@ class Exchange:
         data = b"".join(b"data: " + encode_json(content) + b"\n\n" for content in contents)
         await self._send_within_limit({"type": "http.response.body", "body": data, "more_body": True})
 
-    async def comment(self) -> None:
+    async def comment(self, text: bytes = b"waiting") -> None:
         """Sends a line that clients skip, so that nobody on the way takes the connection for dead."""
-        await self._send_within_limit({"type": "http.response.body", "body": b": waiting\n\n", "more_body": True})
+        await self.pass_on(b": " + text + b"\n\n")
 
-    async def end_events(self) -> None:
+    async def pass_on(self, events: bytes) -> None:
+        """Sends events that somebody else has written."""
+        await self._send_within_limit({"type": "http.response.body", "body": events, "more_body": True})
+
+    async def end_events(self, last: bytes = b"data: [DONE]\n\n") -> None:
         """Sends `[DONE]` and ends the stream."""
-        await self._send_within_limit({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+        await self._send_within_limit({"type": "http.response.body", "body": last, "more_body": False})
 
     async def while_client_waits(self, work: Coroutine[Any, Any, _Result]) -> _Result:
         """The result of `work`, which is cancelled as soon as the client closes the connection.
@@ -155,7 +166,8 @@ class Exchange:
             pass
 
     async def _start(self, status: int, headers: Mapping[str, str]) -> None:
-        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        every = {**headers, **self.more_headers}
+        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in every.items()]
         self.started = True
         await self._send_within_limit({"type": "http.response.start", "status": status, "headers": raw})
 

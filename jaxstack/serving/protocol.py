@@ -5,7 +5,6 @@ its value asks for nothing (`frequency_penalty: 0`): silence would change result
 nobody knows are ignored; clients send extras.
 """
 
-import json
 import logging
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
@@ -16,6 +15,7 @@ from jaxstack.engine import Guide, SamplingParams
 from jaxstack.serving.config import ServerConfig
 from jaxstack.serving.errors import ApiError, bad_field
 from jaxstack.serving.guides import GUIDED, read_guide
+from jaxstack.serving.json_body import read_json
 from jaxstack.serving.messages import read_messages
 from jaxstack.serving.tool_choice import Tools, read_tools
 
@@ -60,23 +60,6 @@ _HARMLESS = {
 }
 
 _Request = TypeVar("_Request", bound="Request")
-
-
-def read_json(body: bytes) -> dict[str, Any]:
-    """The JSON object in `body`. Raises ApiError for anything else, NaN and Infinity included."""
-
-    def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} is not a JSON number")
-
-    try:
-        content = json.loads(body.decode("utf-8"), parse_constant=refuse)
-    except RecursionError:
-        raise ApiError(400, "body: JSON nested too deeply", code="invalid_json") from None
-    except ValueError as error:
-        raise ApiError(400, f"body: not valid JSON: {error}", code="invalid_json") from None
-    if not isinstance(content, dict):
-        raise ApiError(400, f"body: found a JSON {type(content).__name__}, expected an object", code="invalid_json")
-    return content
 
 
 class StreamOptions(pydantic.BaseModel):

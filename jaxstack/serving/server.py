@@ -9,31 +9,27 @@ import contextlib
 import logging
 import threading
 import time
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from jaxstack.engine import Engine
-from jaxstack.serving.clients import caller_of, key_fits
+from jaxstack.serving.answers import Answer
+from jaxstack.serving.application import Endpoint, Handler, application
+from jaxstack.serving.cache_reports import CacheReports, read_query
+from jaxstack.serving.clients import caller_of
 from jaxstack.serving.config import ServerConfig
 from jaxstack.serving.endpoints import Endpoints
-from jaxstack.serving.errors import ApiError, ClientGone, as_api_error, unavailable
-from jaxstack.serving.exchange import Exchange
+from jaxstack.serving.errors import ApiError, unavailable
+from jaxstack.serving.exchange import USAGE_COMMENT, WANT_USAGE, Exchange, encode_json
 from jaxstack.serving.metrics import Metrics
 from jaxstack.serving.page import HEADERS, LivePage
 from jaxstack.serving.prompts import adapter_of, detokenize, tokenize
 from jaxstack.serving.protocol import LoadAdapterRequest, UnloadAdapterRequest, read_as
 
 log = logging.getLogger(__name__)
-
-_Handler = Callable[[Exchange], Awaitable[None]]
 
 
 class Service:
@@ -58,6 +54,7 @@ class Service:
         # When adapters were loaded over HTTP, and from where.
         self._loaded: dict[str, tuple[int, str]] = {}
         self.endpoints = Endpoints(engine, config)
+        self.reports = CacheReports(engine)
 
     # ------------------------------------------------------------------------------------------------------ life cycle
 
@@ -78,6 +75,9 @@ class Service:
         except Exception as error:
             self.failure = error
             log.exception("the engine did not start")
+
+    async def end_all(self) -> None:
+        await self.endpoints.abort_all()
 
     @property
     def ready(self) -> bool:
@@ -144,6 +144,10 @@ class Service:
     async def chat(self, exchange: Exchange) -> None:
         await self._generate(exchange, "/v1/chat/completions")
 
+    async def report_evictions(self, exchange: Exchange) -> None:
+        query = read_query(exchange.scope["query_string"])
+        await exchange.answer(await exchange.while_client_waits(self.reports.poll(query, lambda: self.draining)))
+
     # ------------------------------------------------------------------------------------------------------ generating
 
     async def embed(self, exchange: Exchange) -> None:
@@ -170,6 +174,12 @@ class Service:
 
     async def _answer(self, exchange: Exchange, path: str, body: bytes) -> None:
         reply = await self.endpoints.prepare(path, body, caller_of(exchange, self.config))
+        try:
+            await self._say(exchange, reply)
+        finally:
+            self.endpoints.in_background(self.reports.note, body, reply.job)
+
+    async def _say(self, exchange: Exchange, reply: Answer) -> None:
         if not reply.job.request.stream:
             await exchange.answer(await self.endpoints.whole(reply))
             return
@@ -181,6 +191,8 @@ class Service:
                     await exchange.event(*chunks)
                 elif chunks is None:
                     await exchange.comment()
+        if WANT_USAGE in exchange.headers:
+            await exchange.comment(USAGE_COMMENT + encode_json(reply.usage))
         await exchange.end_events()
 
     def _check_ready(self) -> None:
@@ -208,56 +220,6 @@ class Service:
         }
 
 
-class _Endpoint:
-    """A handler as an ASGI application that answers every error as OpenAI does."""
-
-    def __init__(self, handler: _Handler, config: ServerConfig, *, needs_key: bool = True):
-        self._handler, self._config = handler, config
-        self._needs_key = needs_key and bool(config.api_key or config.api_keys)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = Exchange(scope, receive, send, self._config)
-        try:
-            self._check_key(exchange)
-            await self._handler(exchange)
-        except ClientGone as gone:
-            log.info("499 %s %s: client gone %s", scope["method"], scope["path"], gone)
-        except Exception as error:
-            known = as_api_error(error)
-            if known is None:
-                number = uuid.uuid4().hex
-                log.exception("error %s in %s %s", number, scope["method"], scope["path"])
-                known = ApiError(500, f"internal error {number}", code="internal_error")
-            with contextlib.suppress(ClientGone):
-                await exchange.fail(known)
-
-    def _check_key(self, exchange: Exchange) -> None:
-        if not self._needs_key:
-            return
-        scheme, _, given = exchange.headers.get("authorization", "").partition(" ")
-        right, exchange.owner = key_fits(given.strip(), self._config)
-        if scheme.lower() != "bearer" or not right:
-            message = "missing or wrong API key; expected the header Authorization: Bearer KEY"
-            raise ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
-
-
-class _RouterRefusal:
-    """What the router itself refuses, as a response."""
-
-    def __init__(self, error: HTTPException, config: ServerConfig):
-        self._error, self._config = error, config
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        words = {404: ("no such path", "not_found"), 405: ("not allowed here", "method_not_allowed")}
-        status = self._error.status_code
-        message, code = words.get(status, (str(self._error.detail), None))
-        known = ApiError(
-            status, f"{scope['method']} {scope['path']}: {message}", code=code, headers=self._error.headers
-        )
-        with contextlib.suppress(ClientGone):
-            await Exchange(scope, receive, send, self._config).fail(known)
-
-
 def build_app(engine: Engine, config: ServerConfig | None = None) -> Starlette:
     """The ASGI application; `app.state.service` is its `Service`.
 
@@ -266,8 +228,8 @@ def build_app(engine: Engine, config: ServerConfig | None = None) -> Starlette:
     config = config or ServerConfig()
     service = Service(engine, config)
 
-    def route(path: str, method: str, handler: _Handler, needs_key: bool = True) -> Route:
-        return Route(path, _Endpoint(handler, config, needs_key=needs_key), methods=[method])
+    def route(path: str, method: str, handler: Handler, needs_key: bool = True) -> Route:
+        return Route(path, Endpoint(handler, config, needs_key=needs_key), methods=[method])
 
     routes = [
         route("/", "GET", service.show_page, needs_key=False),
@@ -279,23 +241,10 @@ def build_app(engine: Engine, config: ServerConfig | None = None) -> Starlette:
         route("/v1/completions", "POST", service.completions),
         route("/v1/chat/completions", "POST", service.chat),
         route("/v1/embeddings", "POST", service.embed),
+        route("/prefix_cache/evictions", "GET", service.report_evictions),
         route("/v1/load_lora_adapter", "POST", service.load_adapter),
         route("/v1/unload_lora_adapter", "POST", service.unload_adapter),
         route("/tokenize", "POST", service.tokenize),
         route("/detokenize", "POST", service.detokenize),
     ]
-    middleware = []
-    if config.allowed_origins:
-        cors = Middleware(
-            CORSMiddleware, allow_origins=list(config.allowed_origins), allow_methods=["*"], allow_headers=["*"]
-        )
-        middleware.append(cors)
-    app = Starlette(
-        routes=routes,
-        middleware=middleware,
-        exception_handlers={HTTPException: lambda request, error: _RouterRefusal(error, config)},  # type: ignore[dict-item]
-        lifespan=service.lifespan,
-    )
-    app.router.redirect_slashes = False
-    app.state.service = service
-    return app
+    return application(routes, config, service)

@@ -1,6 +1,6 @@
 """The page pool: which pages of the KV cache are free, and who owns the others."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
 
 
@@ -17,6 +17,9 @@ class PagePool:
 
     Every move names the owner it expects to find, so a page freed twice or shared by accident raises at once instead of
     corrupting another request's answer.
+
+    Attributes:
+      on_evicted: told of the pages that the tree has lost, on the thread that freed them.
     """
 
     def __init__(self, size: int):
@@ -25,6 +28,7 @@ class PagePool:
         self._owner = bytearray(size)
         self.tree = 0
         self.private = 0
+        self.on_evicted: Callable[[Sequence[int]], None] | None = None
 
     @property
     def free(self) -> int:
@@ -53,6 +57,7 @@ class PagePool:
 
     def release(self, pages: Iterable[int], owner: Owner = Owner.PRIVATE) -> None:
         """Pages of `owner` become free."""
+        pages = list(pages)
         for page in pages:
             self._move(page, owner, Owner.FREE)
             self._free.append(page)
@@ -60,6 +65,8 @@ class PagePool:
                 self.tree -= 1
             else:
                 self.private -= 1
+        if owner == Owner.TREE and self.on_evicted is not None:
+            self.on_evicted(pages)
 
     def owner(self, page: int) -> Owner:
         return Owner(self._owner[page])

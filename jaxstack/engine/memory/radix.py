@@ -79,6 +79,19 @@ class RadixTree:
             node = child if same == len(child.keys) else None
         return done
 
+    def held(self, keys: Sequence[PageKey], namespace: Hashable = None) -> list[int]:
+        """The pages of the longest cached prefix. Changes nothing, and may be called from any thread: beside one that
+        changes the tree it sees it as it was or as it is, or somewhat less.
+        """
+        node = self._roots.get(namespace)
+        pages: list[int] = []
+        while node is not None and len(pages) < len(keys) and (child := node.children.get(keys[len(pages)])):
+            have = list(child.pages)
+            same = min(_common(child.keys, keys, len(pages)), len(have))
+            pages.extend(have[:same])
+            node = child if same == len(have) > 0 else None
+        return pages
+
     def match(self, keys: Sequence[PageKey], namespace: Hashable = None) -> Match:
         """The longest cached prefix of `keys`. Splits a node where the match ends inside it; marks the path as used."""
         now = next(self._clock)

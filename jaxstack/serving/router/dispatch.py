@@ -1,0 +1,263 @@
+"""The way of one request through the router: choose, send, pass the answer on, and try again where that is honest.
+
+A request may be sent again as long as its client has had nothing of an answer: the replica was lost, or has no room.
+From the first event on the answer is passed on event by event as it comes, no faster than the client takes it; if the
+replica is lost then, the stream ends with an error event.
+"""
+
+import asyncio
+import collections
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import httpx
+
+from jaxstack.serving.errors import ApiError, unavailable
+from jaxstack.serving.exchange import Exchange
+from jaxstack.serving.prefix_keys import PrefixKeys
+from jaxstack.serving.router.config import RouterConfig
+from jaxstack.serving.router.policies import RoutedRequest, RoutingPolicy
+from jaxstack.serving.router.replica import Replica, ReplicaLost
+from jaxstack.serving.router.tally import Tally
+
+log = logging.getLogger(__name__)
+
+# Answers that say "not here, not now": another replica may have room.
+_ELSEWHERE = frozenset({429, 502, 503, 504})
+_KEPT_HEADERS = ("retry-after", "www-authenticate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Incoming:
+    """A request that has been read.
+
+    Attributes:
+      prefix: what `routed` was made of.
+      headers: for the replica.
+    """
+
+    path: str
+    body: bytes
+    headers: dict[str, str]
+    prefix: PrefixKeys
+    routed: RoutedRequest
+
+
+class _Refused(Exception):
+    def __init__(self, status: int, headers: dict[str, str], body: bytes):
+        super().__init__(status)
+        self.status, self.headers, self.body = status, headers, body
+
+
+@dataclasses.dataclass
+class Counts:
+    """Totals since the start. `outcomes` are by (replica, word)."""
+
+    outcomes: "collections.Counter[tuple[str, str]]" = dataclasses.field(default_factory=collections.Counter)
+    resent: int = 0
+    decisions: int = 0
+    decision_seconds: float = 0.0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    expected_cached_tokens: int = 0
+    output_tokens: int = 0
+    policy_errors: int = 0
+
+
+class Dispatcher:
+    """Sends requests to replicas as a policy says, and keeps its books.
+
+    Args:
+      replicas: all there are; their number is fixed.
+
+    Attributes:
+      bytes_per_token: of prompts, as the replicas' counts have it of late.
+    """
+
+    def __init__(self, replicas: Sequence[Replica], policy: RoutingPolicy, config: RouterConfig):
+        self.replicas, self.policy, self.config = replicas, policy, config
+        self.counts = Counts()
+        self.bytes_per_token = 4.0
+        self._ending = False
+
+    async def route(self, exchange: Exchange, incoming: Incoming) -> None:
+        """Answers a request. Raises ApiError where no replica does."""
+        refusals: dict[str, _Refused] = {}
+        lost_with: list[Replica] = []
+        while len(lost_with) <= self.config.retries:
+            usable = [r for r in self.replicas if r.usable and r.name not in refusals]
+            if not usable:
+                break
+            # One that lost it and is well again comes last.
+            replica = self._choose(incoming.routed, [r for r in usable if r not in lost_with] or usable)
+            try:
+                await self._attempt(exchange, incoming, replica)
+                return
+            except _Refused as refused:
+                refusals[replica.name] = refused
+            except ReplicaLost as lost:
+                lost_with.append(replica)
+                log.warning(
+                    "request %s: replica %s was lost (%s)", incoming.headers["x-request-id"], replica.name, lost
+                )
+                if replica.state == "ready":
+                    await replica.look()
+            self.counts.resent += 1
+        if self._ending:
+            raise unavailable("the router is shutting down", "shutting_down", 10)
+        if refusals:
+            await self._pass_refusal(exchange, list(refusals.values())[-1])
+            return
+        if lost_with:
+            message = f"this request was sent {len(lost_with)} times, and each time the replica was lost"
+            raise ApiError(502, message, code="replica_lost", headers={"retry-after": "1"})
+        raise self.nobody()
+
+    def nobody(self) -> ApiError:
+        """Why no replica can be asked."""
+        states = ", ".join(f"{r.name} is {r.as_json()['state']}" for r in self.replicas)
+        return unavailable(f"no replica takes requests: {states}", "no_replica")
+
+    def end_all(self) -> None:
+        """Ends everything under way."""
+        self._ending = True
+        for replica in self.replicas:
+            replica.interrupt()
+
+    # Inside.
+
+    def _choose(self, routed: RoutedRequest, usable: Sequence[Replica]) -> Replica:
+        start = time.perf_counter()
+        replica = self._tell("choose", routed, usable)
+        if replica is None:  # the policy failed; no request shall suffer for it
+            replica = min(usable, key=lambda r: r.active)
+        self.counts.decisions += 1
+        self.counts.decision_seconds += time.perf_counter() - start
+        return replica
+
+    async def _attempt(self, exchange: Exchange, incoming: Incoming, replica: Replica) -> None:
+        """Sends a request to one replica. Raises ReplicaLost or _Refused where another may be tried."""
+        routed, tally = incoming.routed, Tally()
+        self.counts.expected_cached_tokens += self._tell("cached", routed, replica) or 0
+        self._tell("on_dispatch", routed, replica)
+        replica.active += 1
+        exchange.more_headers["x-replica"] = replica.name
+        outcome = "abandoned"  # unless it comes to something else: the client has left
+        try:
+            async with replica.while_alive():
+                request = replica.client.build_request(
+                    "POST", incoming.path, content=incoming.body, headers=incoming.headers
+                )
+                answer = await replica.client.send(request, stream=True)
+                try:
+                    await self._pass_on(exchange, answer, tally)
+                finally:
+                    await answer.aclose()
+            outcome = "answered" if answer.status_code < 400 else "rejected"
+        except _Refused:
+            outcome = "refused"
+            raise
+        except ReplicaLost as lost:
+            outcome = "lost"
+            if tally.events:
+                message = f"the replica was lost in the middle of this answer, after {tally.events} events"
+                raise ApiError(502, message, code="replica_lost") from lost
+            if self._ending:
+                raise unavailable("the router is shutting down", "shutting_down", 10) from lost
+            raise
+        except ApiError:
+            outcome = "lost"
+            raise
+        finally:
+            replica.active -= 1
+            self.counts.outcomes[replica.name, outcome] += 1
+            self._settle(incoming, replica, tally, kept=outcome in ("answered", "abandoned"))
+
+    async def _pass_on(self, exchange: Exchange, answer: httpx.Response, tally: Tally) -> None:
+        kind = answer.headers.get("content-type", "application/json")
+        if answer.status_code == 200 and kind.startswith("text/event-stream"):
+            async for piece in answer.aiter_raw():
+                events = tally.events_of(piece)
+                if events:
+                    if not exchange.started:
+                        await exchange.start_events()
+                    await exchange.pass_on(events)
+            last = tally.end_of_events()
+            if not exchange.started:
+                await exchange.start_events()
+            await exchange.end_events(last)
+            return
+        pieces, size = [], 0
+        async for piece in answer.aiter_raw():
+            pieces.append(piece)
+            size += len(piece)
+            if size > self.config.max_answer_bytes:
+                message = f"the replica's answer has more than {self.config.max_answer_bytes} bytes; ask for a stream"
+                raise ApiError(502, message, code="answer_too_large")
+        body = b"".join(pieces)
+        headers = {name: answer.headers[name] for name in _KEPT_HEADERS if name in answer.headers}
+        if answer.status_code in _ELSEWHERE:
+            raise _Refused(answer.status_code, {"content-type": kind, **headers}, body)
+        tally.whole(body)
+        if exchange.started:  # comments have been sent: this must be an event
+            await self._pass_refusal(exchange, _Refused(answer.status_code, headers, body))
+        else:
+            await exchange.answer_bytes(body, kind, answer.status_code, headers)
+
+    async def _pass_refusal(self, exchange: Exchange, refused: _Refused) -> None:
+        if exchange.started:
+            await exchange.pass_on(b"data: " + b" ".join(refused.body.split(b"\n")) + b"\n\n")
+            await exchange.end_events(b"")
+        else:
+            kind = refused.headers.pop("content-type", "application/json")
+            await exchange.answer_bytes(refused.body, kind, refused.status, refused.headers)
+
+    def _settle(self, incoming: Incoming, replica: Replica, tally: Tally, *, kept: bool) -> None:
+        if not kept:
+            self._tell("on_failed", incoming.routed, replica)
+            return
+        counts, prompt = self.counts, tally.prompt_tokens
+        self._tell("on_finish", incoming.routed, replica, tally.cached_tokens, tally.output_tokens, prompt)
+        counts.output_tokens += tally.output_tokens
+        if prompt is not None:
+            counts.prompt_tokens += prompt
+            counts.cached_tokens += tally.cached_tokens or 0
+            if prompt > 16:
+                ratio = min(16.0, max(0.25, incoming.prefix.length / prompt))
+                self.bytes_per_token += 0.05 * (ratio - self.bytes_per_token)
+
+    def _tell(self, what: str, *arguments: Any) -> Any:
+        """Calls a method of the policy; its failure is logged, the first time with a trace, and counted."""
+        call: Callable[..., Any] = getattr(self.policy, what)
+        try:
+            return call(*arguments)
+        except Exception as error:
+            self.counts.policy_errors += 1
+            log.error("policy, %s: %r", what, error, exc_info=self.counts.policy_errors == 1)
+            return None
+
+    def evicted(self, replica: Replica, keys: Sequence[int]) -> None:
+        self._tell("on_evicted", replica, keys)
+
+    def restarted(self, replica: Replica) -> None:
+        self._tell("on_restart", replica)
+
+
+async def forward(exchange: Exchange, replicas: Sequence[Replica], body: bytes | None, headers: dict[str, str]) -> bool:
+    """Passes a small request on as it is, to the least busy of `replicas` that answers; whether one did."""
+    scope = exchange.scope
+    for replica in sorted(replicas, key=lambda r: r.active):
+        try:
+            async with replica.while_alive(), asyncio.timeout(60):
+                answer = await replica.client.request(scope["method"], scope["path"], content=body, headers=headers)
+        except (ReplicaLost, TimeoutError):
+            if replica.state == "ready":
+                await replica.look()
+            continue
+        kind = answer.headers.get("content-type", "application/json")
+        await exchange.answer_bytes(answer.content, kind, answer.status_code)
+        return True
+    return False

@@ -1,0 +1,188 @@
+"""`python -m launch.route` before three replicas, as a user runs them; one is killed under load.
+
+Every request gets an answer or a clean error, and what clients have been charged is what the answers cost.
+"""
+
+import asyncio
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from byte_model import byte_model, save
+
+ROOT = Path(__file__).parents[2]
+QUANTUM = 10**9
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def url_of(child: subprocess.Popen[str]) -> str:
+    assert child.stdout is not None
+    line = child.stdout.readline()
+    assert " at http://127.0.0.1:" in line, child.communicate()
+    return line.split()[-1].removesuffix("/v1")
+
+
+@dataclasses.dataclass
+class Running:
+    router: subprocess.Popen[str]
+    url: str
+    replicas: dict[str, subprocess.Popen[str]]  # by name
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    save(folder, byte_model(512))
+    flags = [f"--model={folder}", "--port=0", "--max_sequences=8", "--max_batch_tokens=32", "--page_size=8"]
+    replicas = [start("launch.serve", *flags) for _ in range(3)]
+    children = list(replicas)
+    try:
+        urls = [url_of(child) for child in replicas]
+        flags = [f"--replicas={','.join(urls)}", "--port=0", f"--quantum={QUANTUM}", "--health_interval_s=0.2"]
+        router = start("launch.route", *flags)
+        children.append(router)
+        yield Running(router, url_of(router), {url.removeprefix("http://"): c for url, c in zip(urls, replicas)})
+    finally:
+        for child in children:
+            child.kill()
+            child.communicate()
+
+
+@dataclasses.dataclass
+class Answer:
+    """`usage` of one that came whole; `error` of one that did not."""
+
+    client: str
+    replica: str
+    usage: dict[str, Any] | None = None
+    error: str | None = None
+    status: int = 200
+    events: int = 0
+
+
+async def ask(http: httpx.AsyncClient, url: str, number: int, tokens: int) -> Answer:
+    client, stream = f"client {number % 5}", number % 2 == 0
+    body: dict[str, Any] = {
+        "prompt": f"{client} has a prompt of some length that begins alike; question {number % 7}".ljust(150, "."),
+        "max_tokens": tokens,
+        "ignore_eos": True,
+        "user": client,
+    }
+    if not stream:
+        answer = await http.post(f"{url}/v1/completions", json=body)
+        found = Answer(client, answer.headers.get("x-replica", ""), status=answer.status_code)
+        found.usage, error = answer.json().get("usage"), answer.json().get("error")
+        found.error = error and error["code"]
+        return found
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    async with http.stream("POST", f"{url}/v1/completions", json=body) as answer:
+        text = (await answer.aread()).decode()
+    found = Answer(client, answer.headers.get("x-replica", ""), status=answer.status_code)
+    if answer.status_code != 200:
+        found.error = json.loads(text)["error"]["code"]
+        return found
+    assert text.endswith("\n\n")
+    events = [event.removeprefix("data: ") for event in text.split("\n\n")[:-1] if event.startswith("data: ")]
+    if events[-1] == "[DONE]":
+        found.usage = json.loads(events[-2])["usage"]
+    else:
+        found.error = json.loads(events[-1])["error"]["code"]
+    assert all("error" not in json.loads(event) for event in events[:-1])
+    found.events = len(events)
+    return found
+
+
+def test_one_of_three_replicas_is_killed_under_load(running: Running) -> None:
+    victim = next(iter(running.replicas))
+
+    async def load() -> list[Answer]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(trust_env=False, timeout=120, limits=limits) as http:
+            first = await asyncio.gather(*(ask(http, running.url, i, 8) for i in range(30)))
+            work = [asyncio.create_task(ask(http, running.url, i, 250)) for i in range(60)]
+            # Kill it when it is in the middle of many.
+            while True:
+                await asyncio.sleep(0.02)
+                status = (await http.get(f"{running.url}/router/status")).json()
+                if status["replicas"][victim]["active"] >= 10:
+                    break
+                assert not all(task.done() for task in work)
+            await asyncio.sleep(0.2)
+            os.kill(running.replicas[victim].pid, signal.SIGKILL)
+            second = await asyncio.gather(*work)
+            third = await asyncio.gather(*(ask(http, running.url, i, 8) for i in range(30)))
+            return [*first, *second, *third]
+
+    answers = asyncio.run(load())
+    assert len(answers) == 120
+    whole = [answer for answer in answers if answer.error is None]
+    broken = [answer for answer in answers if answer.error is not None]
+    assert all(answer.usage for answer in whole)
+    # Only streams that had begun, at the dead replica, end with an error, and it says which; all others were answered.
+    assert {answer.error for answer in broken} <= {"replica_lost"}
+    assert all(answer.replica == victim and answer.status == 200 and answer.events > 1 for answer in broken)
+    assert all(answer.replica != victim for answer in answers[-30:]) and not any(a.error for a in answers[-30:])
+    with httpx.Client(trust_env=False, timeout=30) as http:
+        deadline = time.monotonic() + 20
+        while True:
+            status = http.get(f"{running.url}/router/status").json()
+            if not status["active"] and status["replicas"][victim]["state"] == "down":
+                break
+            assert time.monotonic() < deadline, status
+            time.sleep(0.05)
+    assert status["outcomes"][f"{victim} lost"] >= 1
+    assert status["resent"] == status["outcomes"][f"{victim} lost"] - len(broken)
+    assert status["resent"] >= 1  # those that were not streaming
+    # To the token: answers are paid for where they came from, what was lost is not.
+    spent: dict[tuple[str, str], int] = {}
+    for answer in whole:
+        assert answer.usage is not None
+        extend = answer.usage["prompt_tokens"] - answer.usage["prompt_tokens_details"]["cached_tokens"]
+        key = answer.client, answer.replica
+        spent[key] = spent.get(key, 0) + extend + 2 * answer.usage["completion_tokens"]
+    for client, row in status["policy"]["deficits"].items():
+        assert row == {name: QUANTUM - spent.get((client, name), 0) for name in running.replicas}
+    assert len(status["policy"]["deficits"]) == 5
+    # The rest goes home at a word, with what it counted.
+    running.router.send_signal(signal.SIGTERM)
+    out, errors = running.router.communicate(timeout=60)
+    assert running.router.returncode == 0 and "Traceback" not in errors, errors
+    summary = json.loads(out.splitlines()[-1])
+    assert summary["requests"]["answered"] == len(whole) and summary["policy"] == "d2lpm"
+
+
+def test_mistakes_get_one_line_and_a_code() -> None:
+    cases = {
+        (): (1, "replicas: found none, expected at least one URL"),
+        ("--replicas=localhost",): (1, "replicas: found 'localhost', expected http://HOST:PORT"),
+        ("--replicas=http://a:1", "--threshold=0.4"): (2, "--threshold: d2lpm has none"),
+        ("--replicas=http://a:1", "--quantum=0"): (1, "quantum: found 0"),
+        ("--policy=best",): (2, "--policy=best"),
+    }
+    children = {flags: start("launch.route", *flags) for flags in cases}
+    for flags, child in children.items():
+        _, errors = child.communicate(timeout=120)
+        exit_code, message = cases[flags]
+        assert child.returncode == exit_code and "Traceback" not in errors
+        (said,) = [line for line in errors.splitlines() if line.startswith("error:")]
+        assert message in said
