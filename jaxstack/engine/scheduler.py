@@ -94,7 +94,7 @@ class Scheduler:
             Room(max_sequences, num_pages * page_size, reserve, in_flight=rows, lock_step=not speculation),
         )
         self.speculation_rows = min(speculation_rows, rows)
-        self._lengths = PrefixLengths(self.tree, self._chain)
+        self._lengths = PrefixLengths(self.tree, self._extend_chain)
         self._preempted: dict[Sequence, int] = {}  # that wait again, and how many tokens they had computed
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -408,11 +408,15 @@ class Scheduler:
         self._lengths.forget(sequence)
         self.steward.accounts.waits_no_more(sequence.client)
 
-    def _chain(self, sequence: Sequence) -> list[int]:
-        """Names of the pages that a cache hit may cover."""
-        if not self._shares(sequence):
-            return []
-        return self.tree.chain_hashes(self._keys(sequence, self._sharable(sequence)), self._namespace(sequence))
+    def _extend_chain(self, sequence: Sequence, chain: list[int]) -> bool:
+        """Names some more of the pages that a cache hit may cover (`PrefixLengths`)."""
+        have = len(chain)
+        pages = min(self._sharable(sequence), 2 * have + 4) if self._shares(sequence) else 0
+        if have >= pages:
+            return False
+        keys = self._keys(sequence, pages)[have:]
+        chain += self.tree.chain_hashes(keys, self._namespace(sequence), chain[-1] if chain else None)
+        return True
 
     def _prefix_in_flight(self, sequence: Sequence, keys: list[tuple[int, ...]]) -> bool:
         """Whether a running prompt is about to compute the page `sequence` lacks next: then it pays to wait for it."""

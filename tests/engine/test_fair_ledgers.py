@@ -222,7 +222,14 @@ def test_lengths_agree_with_comparing_token_by_token_while_the_cache_changes():
         return tuple((rng.randrange(3), rng.randrange(2)) for _ in range(rng.randrange(12)))
 
     waiting = {i: (prompt(), rng.choice([None, "x"])) for i in range(60)}
-    lengths = PrefixLengths(tree, lambda i: tree.chain_hashes(*waiting[i]))
+
+    def extend(i, chain):
+        keys, namespace = waiting[i]
+        more = keys[len(chain) : len(chain) + 3]
+        chain += tree.chain_hashes(more, namespace, chain[-1] if chain else None)
+        return bool(more)
+
+    lengths = PrefixLengths(tree, extend)
 
     def cached() -> dict[str | None, set[tuple]]:
         """Every cached prefix, read off the tree itself."""

@@ -65,9 +65,13 @@ class RadixTree:
         self.cached: set[int] = set()
         self.version = 0
 
-    def chain_hashes(self, keys: Sequence[PageKey], namespace: Hashable = None) -> list[int]:
-        """A name for each page of a prefix, that says what is in all pages up to it: 64 bits, so not beyond doubt."""
-        return _chain(keys, _seed(namespace))
+    def chain_hashes(self, keys: Sequence[PageKey], namespace: Hashable = None, after: int | None = None) -> list[int]:
+        """A name for each page of a prefix, that says what is in all pages up to it: 64 bits, so not beyond doubt.
+
+        Args:
+          after: the name of the page before the first of `keys`; None if they begin the prefix.
+        """
+        return _chain(keys, _seed(namespace) if after is None else after)
 
     def peek(self, keys: Sequence[PageKey], namespace: Hashable = None) -> int:
         """Pages of the longest cached prefix, without touching or splitting anything."""

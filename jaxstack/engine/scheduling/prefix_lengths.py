@@ -2,11 +2,13 @@
 
 Pages are named by a hash of all tokens up to their end, so the set of cached pages is closed under prefixes and "page d
 is cached" holds up to a depth and not from there on. A request's depth is remembered; where the cache has changed, two
-look-ups confirm it or a binary search finds the new one. Four hundred requests take a fraction of a millisecond. Two
-prefixes with the same 64-bit hash would be taken for one here, which costs a place in the queue and no more: admission
-compares tokens.
+look-ups confirm it, or a search finds the new one. Four hundred requests take a fraction of a millisecond. No more of a
+prompt is hashed than its cached part and a little. Two prefixes with the same 64-bit hash would be taken for one here,
+which costs a place in the queue and no more: admission compares tokens.
 """
 
+import bisect
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -18,49 +20,57 @@ class CachedPages(Protocol):
     version: int
 
 
+@dataclasses.dataclass(slots=True)
+class _Known:
+    """Of a request: hashes of its first pages (beyond the cached ones at least one, if there is one), how many pages
+    are cached, and for which version of the cache that holds.
+    """
+
+    chain: list[int]
+    depth: int = 0
+    version: int = -1
+
+
 class PrefixLengths:
     """Matched pages of waiting requests.
 
     Args:
       pages: the prefix tree.
-      chain_of: the chained hashes of a request's pages that a hit may cover. Asked once while the request waits.
+      extend: appends the hashes of further pages of a request, as far as a hit may reach, to those it is given; False
+        if there are no more.
     """
 
-    def __init__(self, pages: CachedPages, chain_of: Callable[[Any], list[int]]):
-        self._pages, self._chain_of = pages, chain_of
-        self._known: dict[Any, tuple[list[int], int, int]] = {}  # its chain, depth, and the version that holds for
+    def __init__(self, pages: CachedPages, extend: Callable[[Any, list[int]], bool]):
+        self._pages, self._extend = pages, extend
+        self._known: dict[Any, _Known] = {}
 
     def of(self, requests: Sequence[Any]) -> list[int]:
         """Cached pages of each request."""
         cached, version, known = self._pages.cached, self._pages.version, self._known
         depths = []
         for request in requests:
-            entry = known.get(request)
-            if entry is None:
-                pages = self._chain_of(request)
-                depth = _depth(pages, cached)
-                known[request] = (pages, depth, version)
-            else:
-                pages, depth, seen = entry
-                if seen != version:
-                    if (depth and pages[depth - 1] not in cached) or (depth < len(pages) and pages[depth] in cached):
-                        depth = _depth(pages, cached)
-                    known[request] = (pages, depth, version)
-            depths.append(depth)
+            found = known.get(request)
+            if found is None:
+                found = known[request] = _Known([])
+            if found.version != version:
+                chain, depth = found.chain, found.depth
+                if depth and chain[depth - 1] not in cached:
+                    found.depth = bisect.bisect_left(chain, True, 0, depth, key=lambda name: name not in cached)
+                elif depth == len(chain) or chain[depth] in cached:
+                    found.depth = self._reach(request, chain, depth)
+                found.version = version
+            depths.append(found.depth)
         return depths
 
     def forget(self, request: Any) -> None:
         """`request` does not wait any more, or its tokens have changed."""
         self._known.pop(request, None)
 
-
-def _depth(pages: list[int], cached: set[int]) -> int:
-    """How many leading pages are cached, by bisection."""
-    low, high = 0, len(pages)
-    while low < high:
-        middle = (low + high) // 2
-        if pages[middle] in cached:
-            low = middle + 1
-        else:
-            high = middle
-    return low
+    def _reach(self, request: Any, chain: list[int], depth: int) -> int:
+        """How many leading pages are cached, `depth` of them at least."""
+        cached = self._pages.cached
+        while depth < len(chain) or self._extend(request, chain):
+            if chain[depth] not in cached:
+                break
+            depth += 1
+        return depth
