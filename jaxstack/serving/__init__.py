@@ -11,10 +11,26 @@ client that may be slow or gone, and leaves through `answers.py` and `exchange.p
 Applications take a `LanguageModel` (`language_model.py`): an engine in this process or any OpenAI-compatible endpoint.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from jaxstack.serving.config import ServerConfig
-from jaxstack.serving.language_model import EndpointModel, EngineModel, LanguageModel, RequestResult
-from jaxstack.serving.running import BackgroundServer, serve
-from jaxstack.serving.server import build_app
+
+if TYPE_CHECKING:
+    from jaxstack.serving.language_model import EndpointModel, EngineModel, LanguageModel, RequestResult
+    from jaxstack.serving.running import BackgroundServer, serve
+    from jaxstack.serving.server import build_app
+
+# What needs an engine comes when it is asked for: a router runs without.
+_WITH_ENGINE = {
+    "BackgroundServer": "jaxstack.serving.running",
+    "EndpointModel": "jaxstack.serving.language_model",
+    "EngineModel": "jaxstack.serving.language_model",
+    "LanguageModel": "jaxstack.serving.language_model",
+    "RequestResult": "jaxstack.serving.language_model",
+    "build_app": "jaxstack.serving.server",
+    "serve": "jaxstack.serving.running",
+}
 
 __all__ = [
     "BackgroundServer",
@@ -26,3 +42,10 @@ __all__ = [
     "build_app",
     "serve",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WITH_ENGINE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found = getattr(importlib.import_module(_WITH_ENGINE[name]), name)
+    return found

@@ -4,6 +4,7 @@ Every request gets an answer or a clean error, and what clients have been charge
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import os
@@ -22,13 +23,27 @@ from byte_model import byte_model, save
 ROOT = Path(__file__).parents[2]
 QUANTUM = 10**9
 
+# A line of stdin is a replica's command line; the imports, which take long, are done once.
+REPLICAS = """
+import os, signal, sys, warnings
+from launch import job, serve
+warnings.simplefilter("ignore")  # of forking with jax imported: no device is in use yet
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+while line := sys.stdin.readline():
+    if os.fork() == 0:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        print(os.getpid(), flush=True)
+        sys.argv = ["launch.serve", *line.rstrip().split(chr(9))]
+        job.main(serve.run)
+"""
 
-def start(*arguments: str) -> subprocess.Popen[str]:
+
+def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", *arguments],
+        [sys.executable, *arguments],
         cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        stdin=subprocess.DEVNULL,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -44,25 +59,40 @@ def url_of(child: subprocess.Popen[str]) -> str:
 
 @dataclasses.dataclass
 class Running:
+    """A router, and the process numbers of its replicas by name."""
+
     router: subprocess.Popen[str]
     url: str
-    replicas: dict[str, subprocess.Popen[str]]  # by name
+    replicas: dict[str, int]
 
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    save(folder, byte_model(512))
-    flags = [f"--model={folder}", "--port=0", "--max_sequences=8", "--max_batch_tokens=32", "--page_size=8"]
-    replicas = [start("launch.serve", *flags) for _ in range(3)]
-    children = list(replicas)
+    folder = tmp_path_factory.mktemp("model")
+    save(folder / "tiny", byte_model(512))
+    # The second and third find compiled what the first has compiled.
+    keep = {"JAX_COMPILATION_CACHE_DIR": str(folder / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    flags = [f"--model={folder / 'tiny'}", "--port=0", "--max_sequences=4", "--max_batch_tokens=16", "--page_size=8"]
+    parent = start("-c", REPLICAS, **keep)
+    assert parent.stdin is not None and parent.stdout is not None
+    replicas: dict[str, int] = {}
+    urls, children = [], [parent]
     try:
-        urls = [url_of(child) for child in replicas]
-        flags = [f"--replicas={','.join(urls)}", "--port=0", f"--quantum={QUANTUM}", "--health_interval_s=0.2"]
-        router = start("launch.route", *flags)
+        for _ in range(3):
+            parent.stdin.write(chr(9).join(flags) + "\n")
+            parent.stdin.flush()
+            pid = int(parent.stdout.readline())
+            replicas[f"not started {pid}"] = pid
+            urls.append(url_of(parent))
+            replicas[urls[-1].removeprefix("http://")] = replicas.pop(f"not started {pid}")
+        more = [f"--replicas={','.join(urls)}", "--port=0", f"--quantum={QUANTUM}", "--health_interval_s=0.2"]
+        router = start("-m", "launch.route", *more)
         children.append(router)
-        yield Running(router, url_of(router), {url.removeprefix("http://"): c for url, c in zip(urls, replicas)})
+        yield Running(router, url_of(router), replicas)
     finally:
+        for pid in replicas.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         for child in children:
             child.kill()
             child.communicate()
@@ -118,30 +148,30 @@ def test_one_of_three_replicas_is_killed_under_load(running: Running) -> None:
     async def load() -> list[Answer]:
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(trust_env=False, timeout=120, limits=limits) as http:
-            first = await asyncio.gather(*(ask(http, running.url, i, 8) for i in range(30)))
-            work = [asyncio.create_task(ask(http, running.url, i, 250)) for i in range(60)]
+            first = await asyncio.gather(*(ask(http, running.url, i, 8) for i in range(15)))
+            work = [asyncio.create_task(ask(http, running.url, i, 160)) for i in range(36)]
             # Kill it when it is in the middle of many.
             while True:
                 await asyncio.sleep(0.02)
                 status = (await http.get(f"{running.url}/router/status")).json()
-                if status["replicas"][victim]["active"] >= 10:
+                if status["replicas"][victim]["active"] >= 8:
                     break
                 assert not all(task.done() for task in work)
             await asyncio.sleep(0.2)
-            os.kill(running.replicas[victim].pid, signal.SIGKILL)
+            os.kill(running.replicas[victim], signal.SIGKILL)
             second = await asyncio.gather(*work)
-            third = await asyncio.gather(*(ask(http, running.url, i, 8) for i in range(30)))
+            third = await asyncio.gather(*(ask(http, running.url, i, 8) for i in range(15)))
             return [*first, *second, *third]
 
     answers = asyncio.run(load())
-    assert len(answers) == 120
+    assert len(answers) == 66
     whole = [answer for answer in answers if answer.error is None]
     broken = [answer for answer in answers if answer.error is not None]
     assert all(answer.usage for answer in whole)
     # Only streams that had begun, at the dead replica, end with an error, and it says which; all others were answered.
     assert {answer.error for answer in broken} <= {"replica_lost"}
     assert all(answer.replica == victim and answer.status == 200 and answer.events > 1 for answer in broken)
-    assert all(answer.replica != victim for answer in answers[-30:]) and not any(a.error for a in answers[-30:])
+    assert all(answer.replica != victim for answer in answers[-15:]) and not any(a.error for a in answers[-15:])
     with httpx.Client(trust_env=False, timeout=30) as http:
         deadline = time.monotonic() + 20
         while True:
@@ -174,15 +204,18 @@ def test_one_of_three_replicas_is_killed_under_load(running: Running) -> None:
 def test_mistakes_get_one_line_and_a_code() -> None:
     cases = {
         (): (1, "replicas: found none, expected at least one URL"),
-        ("--replicas=localhost",): (1, "replicas: found 'localhost', expected http://HOST:PORT"),
         ("--replicas=http://a:1", "--threshold=0.4"): (2, "--threshold: d2lpm has none"),
-        ("--replicas=http://a:1", "--quantum=0"): (1, "quantum: found 0"),
         ("--policy=best",): (2, "--policy=best"),
     }
-    children = {flags: start("launch.route", *flags) for flags in cases}
+    children = {flags: start("-m", "launch.route", *flags) for flags in cases}
     for flags, child in children.items():
         _, errors = child.communicate(timeout=120)
         exit_code, message = cases[flags]
         assert child.returncode == exit_code and "Traceback" not in errors
         (said,) = [line for line in errors.splitlines() if line.startswith("error:")]
         assert message in said
+
+
+def test_it_needs_no_jax() -> None:
+    child = start("-c", "import sys; from launch import route; print(sorted({'jax', 'openai'} & set(sys.modules)))")
+    assert child.communicate(timeout=60)[0] == "[]\n"
