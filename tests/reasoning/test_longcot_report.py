@@ -111,6 +111,11 @@ def test_report_and_plot(study, tmp_path):
     assert "3.2 (average accuracy)" in lines["wrong"] and "n/a" in lines["shuffle-1"]
     assert lines["structure_drop"].endswith("| met |")
     assert lines["wrong_repaired"] == "| wrong_repaired | <= 0.6 | 0.500 | right |"
+    assert "Not claimed here" not in text
+    control = report_text(
+        {**summary, "task": "countdown", "acceptance": summary["acceptance"][:3], "content_drop": 0.5}
+    )
+    assert "Not claimed here: that content hardly matters. All-wrong demonstrations cost 0.500" in control
     study_plot(summary, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     json.dumps(summary)

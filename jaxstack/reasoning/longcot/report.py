@@ -201,6 +201,14 @@ def report_text(summary: Mapping[str, Any]) -> str:
         ),
         "",
     ]
+    if "content_drop" in summary and not any(row["figure"] == "content_drop" for row in summary["acceptance"]):
+        drop = summary["content_drop"]
+        lines += [
+            f"Not claimed here: that content hardly matters. All-wrong demonstrations cost {drop:.3f} (structure: "
+            f"{summary.get('structure_drop', float('nan')):.3f}), since in this task a wrong trace must take a false hit "
+            "for a true one, a verdict that stands where the model can foresee it.",
+            "",
+        ]
     if summary["predictions"]:
         lines += [
             "Predictions beyond the paper, made before these cells were first run:",
