@@ -205,8 +205,8 @@ def report_text(summary: Mapping[str, Any]) -> str:
         drop = summary["content_drop"]
         lines += [
             f"Not claimed here: that content hardly matters. All-wrong demonstrations cost {drop:.3f} (structure: "
-            f"{summary.get('structure_drop', float('nan')):.3f}), since in this task a wrong trace must take a false hit "
-            "for a true one, a verdict that stands where the model can foresee it.",
+            f"{summary.get('structure_drop', float('nan')):.3f}), since in this task a wrong trace must take a false "
+            "hit for a true one, a verdict that stands where the model can foresee it.",
             "",
         ]
     if summary["predictions"]:
