@@ -17,6 +17,7 @@ from absl import flags
 from launch import job
 
 PAPERS: Mapping[str, str] = {
+    "dlpm": "launch.papers.dlpm",
     "longcot": "launch.papers.longcot",
 }
 """Name of a paper -> the module that reproduces it: it defines its flags when imported, and has `run(workdir)`."""

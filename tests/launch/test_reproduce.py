@@ -110,7 +110,7 @@ def reproduce(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "--paper is missing; expected one of longcot"),
+        ((), "--paper is missing; expected one of dlpm, longcot"),
         (("--paper=longcot", "--cells=correct,nonsense"), "'nonsense' is unknown; expected some of correct"),
     ],
 )

@@ -29,7 +29,7 @@ def gamma_arrivals(rate: float, until_s: float, draw: random.Random, *, cv: floa
 
 
 def _text(draw: random.Random, tokens: int, vocab: int) -> TokenIds:
-    return tuple(draw.randrange(3, vocab) for _ in range(tokens))
+    return tuple(draw.choices(range(3, vocab), k=tokens))
 
 
 def _lognormal(draw: random.Random, mean: float, sigma: float, low: int, high: int) -> int:

@@ -26,7 +26,7 @@ class Author:
         self.random, self._vocab = random.Random(seed), vocab
 
     def text(self, tokens: int) -> TokenIds:
-        return tuple(self.random.randrange(3, self._vocab) for _ in range(tokens))
+        return tuple(self.random.choices(range(3, self._vocab), k=tokens))
 
     def length(self, range_: Range) -> int:
         return self.random.randint(*range_)

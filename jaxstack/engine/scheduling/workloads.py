@@ -102,7 +102,7 @@ class Documents:
 
     def _tokens(self, client: DocumentClient, count: int) -> TokenIds:
         draw = self._random[client.name]
-        return tuple(draw.randrange(3, self._vocab) for _ in range(count))
+        return tuple(draw.choices(range(3, self._vocab), k=count))
 
 
 def mixed(
