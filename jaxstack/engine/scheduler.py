@@ -102,6 +102,7 @@ class Scheduler:
         self.counters = SchedulerCounters()
         self._clock = clock
         self._slots = list(range(max_sequences - 1, -1, -1))
+        self._budget = 0  # tokens that the step being planned has left for new sequences
         self._steps_launched = self._steps_settled = 0
         # Pages to free once the step of that number has settled.
         self._retired: collections.deque[tuple[int, list[int]]] = collections.deque()
@@ -124,6 +125,11 @@ class Scheduler:
     @property
     def free_pages(self) -> int:
         return self.pool.free + self.tree.evictable
+
+    @property
+    def full(self) -> bool:
+        """Whether nothing more goes into the step being planned."""
+        return self._budget <= 0 or not self._slots
 
     @property
     def waiting_clients(self) -> Mapping[str, int]:
@@ -301,7 +307,8 @@ class Scheduler:
         for sequence in prefilling:
             budget -= self._chunk(sequence, budget, rows)
         if self.waiting and budget > 0 and self._slots:
-            self._admit(budget, rows)
+            self._budget = budget
+            self._admit(rows)
 
     def _drafts(self, sequence: Sequence) -> list[Row]:
         """Rows of guesses behind the one row that is certain. They take free pages but nobody else's."""
@@ -326,23 +333,23 @@ class Scheduler:
         rows[sequence] = [Row(sequence, sequence.computed, count, count == sequence.remaining, scores)]
         return count
 
-    def _admit(self, budget: int, rows: Rows) -> None:
+    def _admit(self, rows: Rows) -> None:
         """Lets the policy start sequences, those of the first priority first, and plans their first tokens."""
         short = False
 
         def try_admit(sequence: Sequence) -> Admission:
-            nonlocal budget, short
-            if budget <= 0 or not self._slots:
+            nonlocal short
+            if self.full:
                 return Admission.FULL
             admission = self._start(sequence)
             short = short or admission is Admission.NO_ROOM
             if admission is Admission.ADMITTED:
-                budget -= self._chunk(sequence, budget, rows)
+                self._budget -= self._chunk(sequence, self._budget, rows)
             return admission
 
         for group in self._by_priority():
             self.steward.schedule(group, self, try_admit)
-            if short or budget <= 0 or not self._slots:
+            if short or self.full:
                 return
 
     def _by_priority(self) -> Iterator[list[Sequence]]:

@@ -25,17 +25,18 @@ PAGE = 4
 
 
 class Replica:
-    """A scheduler whose model says 7 and takes 2 ms a step and 25 us a token. It keeps its own count of the service."""
+    """A scheduler whose model says 7 and takes 2 ms a step and 25 us a token. It keeps its own count of the service.
+    With overlap a step is planned before the tokens of the one before are known.
+    """
 
-    def __init__(self, policy, *, pages=200, page=PAGE, rows=4, budget=32, reserve=False, caching=True):
-        self.now_s, self._order = 0.0, 0
+    def __init__(self, policy, *, pages=200, page=PAGE, rows=4, budget=32, reserve=False, overlap=False):
+        self.now_s, self._order, self._overlap, self._in_flight = 0.0, 0, overlap, None
         self.s = Scheduler(
             policy,
             num_pages=pages,
             page_size=page,
             max_sequences=rows,
             max_batch_tokens=budget,
-            prefix_caching=caching,
             reserve=reserve,
             clock=lambda: self.now_s,
         )
@@ -67,6 +68,9 @@ class Replica:
     def step(self):
         before = {q: q.request.cached_tokens for q in self.s.waiting}
         plan = self.s.plan()
+        if plan is None:
+            self.settle()
+            plan = self.s.plan()
         for q in self.s.running:
             if q in before:
                 self.started.append(q)
@@ -74,20 +78,30 @@ class Replica:
                     self.service[q.client] += len(q.request.prompt) - q.request.cached_tokens
         self.now_s += 0.002 + 25e-6 * plan.tokens
         self.s.launched(plan)
+        self.settle()
+        self._in_flight = plan
+        if not self._overlap:
+            self.settle()
+        return plan
+
+    def settle(self):
+        plan, self._in_flight = self._in_flight, None
+        if plan is None:
+            return
         self.s.settled(plan)
         for row in plan.rows:
-            if row.samples:
-                q = row.sequence
+            q = row.sequence
+            if row.samples and q.finish_reason is None:
                 q.tokens.append(7)
                 self.service[q.client] += 2
                 if q.generated >= q.request.max_tokens:
                     self.end(q, "length")
-        return plan
 
     def steps(self, limit=10_000):
         """Steps until there is nothing left to do."""
         for _ in range(limit):
             if not (self.s.waiting or self.s.running):
+                self.settle()
                 return
             self.step()
         raise AssertionError("somebody waits for ever")
@@ -125,15 +139,16 @@ _arrival = st.tuples(
     st.sampled_from([5, 30, 200]),
     st.integers(20, 60),
     st.booleans(),
+    st.booleans(),
     st.randoms(use_true_random=False),
 )
 @settings(max_examples=150, deadline=None)
 def test_accounts_are_exact_debts_bounded_and_all_are_served(
-    name, arrivals, aborts, weights, quantum, pages, reserve, rng
+    name, arrivals, aborts, weights, quantum, pages, reserve, overlap, rng
 ):
     options = {"quantum": quantum, "max_overtakes": 5} if name == "dlpm" else {}
     policy = policy_named(name, weights=weights, **options)
-    replica = Replica(policy, pages=pages, reserve=reserve)
+    replica = Replica(policy, pages=pages, reserve=reserve, overlap=overlap)
     asked: list[Sequence] = []
     by_step: dict[int, list] = {}
     for arrival in arrivals:
@@ -470,6 +485,18 @@ def test_an_abort_pays_for_what_ran(reserve):
     unseen = replica.ask("a", [1] * 9, 1)
     replica.end(unseen, "abort")
     assert policy.ledger.deficit("a") == 968 and not replica.s.waiting_clients
+
+
+def test_an_abort_gives_back_no_more_than_a_quantum():
+    policy = DeficitLongestPrefixMatch(quantum=10)
+    replica = Replica(policy, budget=16)
+    first = replica.ask("a", list(range(100)), 5)
+    replica.ask("a", [1] * 9, 1)
+    replica.step()
+    assert policy.ledger.deficit("a") == 10 - 100, "a full step is no reason for a refill"
+    replica.end(first, "abort")
+    assert policy.ledger.deficit("a") == 10 - 16
+    replica.steps()
 
 
 def test_every_choice_is_charged_and_its_prompt_once():

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from jaxstack.engine import Engine, EngineConfig, SamplingParams
 from jaxstack.engine.invariance import differing_shapes
 from jaxstack.engine.scheduler import Scheduler
-from jaxstack.engine.scheduling import FirstComeFirstServed
+from jaxstack.engine.scheduling import policy_named
 from jaxstack.engine.speculate import Drafter
 from jaxstack.models.attention import dense_attention
 from jaxstack.models.decoder import Decoder, DecoderConfig
@@ -196,15 +196,17 @@ TEXTS = [[*stem, *tail] for stem in ([3, 1, 4, 1, 5, 9] * 4, [2, 7] * 10, []) fo
     caching=st.booleans(),
     overlap=st.booleans(),
     speculation=st.sampled_from([0, 0, 4]),
+    policy=st.sampled_from(["fcfs", "lpm", "vtc", "dlpm"]),
+    reserve=st.booleans(),
 )
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_schedule_gives_the_answers_of_a_plain_loop(
-    engine, plain, arrivals, aborts, pages, tokens, caching, overlap, speculation
+    engine, plain, arrivals, aborts, pages, tokens, caching, overlap, speculation, policy, reserve
 ):
     """Few pages force preemption, and no schedule may stop half-way."""
     compiled = CompileCounter()
     scheduler = Scheduler(
-        FirstComeFirstServed(),
+        policy_named(policy),
         num_pages=pages,
         page_size=SETTINGS.page_size,
         max_sequences=SETTINGS.max_sequences,
@@ -212,6 +214,7 @@ def test_any_schedule_gives_the_answers_of_a_plain_loop(
         prefix_caching=caching,
         speculation=speculation,
         speculation_rows=8,
+        reserve=reserve,
     )
     engine._pipeline.discard(scheduler)
     engine._pipeline._overlap = overlap
@@ -230,7 +233,7 @@ def test_any_schedule_gives_the_answers_of_a_plain_loop(
         for which, (at, prompt, count, priority) in enumerate(arrivals):
             if at == step:
                 params = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
-                engine.submit(prompt, params, listener(which), f"r{which}", priority=priority)
+                engine.submit(prompt, params, listener(which), f"r{which}", priority=priority, client="ab"[which % 2])
         for at, which in aborts:
             if at == step:
                 engine.abort(f"r{which}")
@@ -239,6 +242,7 @@ def test_any_schedule_gives_the_answers_of_a_plain_loop(
         if not worked and step > 40:
             break
     assert len(ends) == len(arrivals) and engine.scheduler.pool.private == 0 and not engine._answers.live
+    assert scheduler.steward.errors == 0 and not scheduler.waiting_clients
     for which, (_, prompt, count, _) in enumerate(arrivals):
         expected = plain(prompt, count)
         if ends[which] == "length":

@@ -85,6 +85,10 @@ class DeficitLongestPrefixMatch(ClientBlind):
                     if credit_waits is None:
                         credit_waits = any(deficit(c) > 0 for c in clients)
                     if not credit_waits:
+                        # Not where it helps nobody: the prompt that filled the step has been charged and is computed
+                        # in part, and if it is aborted, what it gets back must not come on top of a refill.
+                        if view.full:
+                            return
                         self._refill(clients)
                         credit_waits = True
                     if deficit(client) <= 0:

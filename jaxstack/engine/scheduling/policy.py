@@ -56,6 +56,11 @@ class SchedulerView(Protocol):
     @property
     def free_pages(self) -> int: ...
     @property
+    def full(self) -> bool:
+        """Whether nothing more goes into the step being planned: `try_admit` would say FULL."""
+        ...
+
+    @property
     def waiting_clients(self) -> Mapping[str, int]:
         """How many requests of each client wait; only those with some."""
         ...
