@@ -295,8 +295,8 @@ def test_deficits_keep_most_of_the_locality_that_counters_lose():
 
 
 def waves(policy, seconds):
-    """g sends waves of long answers, each when the last has ended; f always has 40 short ones waiting. Those of g have a
-    cached prefix, so that they go first when both have credit.
+    """g sends waves of long answers, each when the last has ended; f always has 40 short ones waiting. Those of g
+    have a cached prefix, so that they go first when both have credit.
 
     Returns: the most that g got ahead of f over any interval, and f ahead of g, and the bound. The bound holds for what
     g may get ahead. It falls behind while it has nothing to ask for, by less than the bound in ten seconds.
