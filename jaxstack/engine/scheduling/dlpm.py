@@ -19,9 +19,10 @@ class DeficitLongestPrefixMatch(ClientBlind):
     """Of the clients with credit, the request with the longest cached prefix; when nobody who waits has any, every
     debtor gets a quantum.
 
-    A request that fits nowhere holds up nobody with credit, but once `max_overtakes` requests that came later have been
-    admitted before it while its client had credit, it goes first and the next free memory is kept for it. That also
-    bounds how long a client's cold requests wait behind its own cached ones.
+    A request that does not fit holds up nobody with credit, and a client's cold requests wait behind its cached ones.
+    But once `max_overtakes` requests that came later have been admitted before it, because they fitted or as those of
+    the same client, it goes first, and the next free memory is kept for it. (Other clients get before it until they are
+    in debt; that needs no count.)
 
     Two clients that wait all the time get the same refills, so their service per weight differs by `2 (U + Q)` at most,
     U being the largest debt (theorem 4.1; `bound`). Credit is granted only when nobody who waits has any left, be it
@@ -74,7 +75,7 @@ class DeficitLongestPrefixMatch(ClientBlind):
         clients = collections.Counter(request.client for request in left)
         held: list[Any] = []  # had credit, and cannot start in this step
         started: set[Any] = set()
-        refused = 0
+        refused: set[Any] = set()  # of these, the ones for lack of memory
         credit_waits: bool | None = None  # whether a client that waits has credit; None: look again
         changed = True
         while changed and left:
@@ -104,12 +105,12 @@ class DeficitLongestPrefixMatch(ClientBlind):
                     changed, credit_waits = True, None
                     started.add(request)
                     if admission is Admission.ADMITTED:
-                        self._count_overtakes(request, waiting, started)
+                        self._count_overtakes(request, waiting, started, refused)
                     continue
                 held.append(request)
                 if admission is Admission.NO_ROOM:
-                    refused += 1
-                    if refused >= _MOST_REFUSED or self._is_due(request):
+                    refused.add(request)
+                    if len(refused) >= _MOST_REFUSED or self._is_due(request):
                         self.blocked_steps += bool(passed)
                         return
             left = passed
@@ -125,14 +126,15 @@ class DeficitLongestPrefixMatch(ClientBlind):
     def _is_due(self, request: Any) -> bool:
         return self.max_overtakes is not None and self._overtaken.get(request, 0) >= self.max_overtakes
 
-    def _count_overtakes(self, admitted: Any, waiting: Sequence[Any], started: Set[Any]) -> None:
-        """All who still wait, could have paid, and came before the one that has just been admitted, were overtaken."""
+    def _count_overtakes(self, admitted: Any, waiting: Sequence[Any], started: Set[Any], refused: Set[Any]) -> None:
+        """`admitted` goes before older requests: those of its client that still wait, and those that did not fit."""
         self._overtaken.pop(admitted, None)
         if self.max_overtakes is None:
             return
-        order, client, deficit = admitted.order, admitted.client, self.ledger.deficit
+        order, client = admitted.order, admitted.client
         for other in waiting:
-            if other.order < order and other not in started and (other.client == client or deficit(other.client) > 0):
+            passed_by = other.client == client or other in refused
+            if passed_by and other.order < order and other not in started:
                 self._overtaken[other] = self._overtaken.get(other, 0) + 1
 
     def _refill(self, waiting_clients: Mapping[str, int]) -> None:
