@@ -190,8 +190,7 @@ class Scheduler:
             self._fill(rows)
         except _Unsettled:
             return None
-        priorities = {sequence.priority for sequence in self.waiting}
-        self.steward.stepped(one_priority=len(priorities) < 2, now_s=self.now_s)
+        self.steward.stepped(one_priority=len(self._priorities()) < 2, now_s=self.now_s)
         chosen = [row for each in rows.values() for row in each]
         decodes = [r for r in chosen if r.decode]
         chunks = [r for r in chosen if not r.decode]
@@ -352,12 +351,14 @@ class Scheduler:
             if short or self.full:
                 return
 
+    def _priorities(self) -> list[int]:
+        """Of those that wait, the first to go first."""
+        return sorted({sequence.request.priority for sequence in self.waiting})
+
     def _by_priority(self) -> Iterator[list[Sequence]]:
-        groups: dict[int, list[Sequence]] = {}
-        for sequence in self.waiting:
-            groups.setdefault(sequence.priority, []).append(sequence)
-        for priority in sorted(groups):
-            yield groups[priority]
+        priorities = self._priorities()
+        for priority in priorities:
+            yield [s for s in self.waiting if len(priorities) == 1 or s.request.priority == priority]
 
     def _start(self, sequence: Sequence) -> Admission:
         """Makes a waiting sequence a running one, if there are pages for it."""

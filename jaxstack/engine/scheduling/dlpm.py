@@ -120,8 +120,10 @@ class DeficitLongestPrefixMatch(ClientBlind):
         ranked = by_cached_prefix(waiting, view)
         if self.max_overtakes is None or not self._overtaken:
             return ranked
+        if not any(count >= self.max_overtakes for count in self._overtaken.values()):
+            return ranked
         due = sorted(filter(self._is_due, ranked), key=lambda request: request.order)
-        return due + [request for request in ranked if not self._is_due(request)] if due else ranked
+        return due + [request for request in ranked if not self._is_due(request)]
 
     def _is_due(self, request: Any) -> bool:
         return self.max_overtakes is not None and self._overtaken.get(request, 0) >= self.max_overtakes
