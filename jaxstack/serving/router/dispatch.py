@@ -7,13 +7,12 @@ replica is lost then, the stream ends with an error event.
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
-
-import httpx
 
 from jaxstack.serving.errors import ApiError, unavailable
 from jaxstack.serving.exchange import Exchange
@@ -22,6 +21,7 @@ from jaxstack.serving.router.config import RouterConfig
 from jaxstack.serving.router.policies import RoutedRequest, RoutingPolicy
 from jaxstack.serving.router.replica import Replica, ReplicaLost
 from jaxstack.serving.router.tally import Tally
+from jaxstack.serving.router.upstream import UpstreamAnswer
 
 log = logging.getLogger(__name__)
 
@@ -148,15 +148,10 @@ class Dispatcher:
         outcome = "abandoned"  # unless it comes to something else: the client has left
         try:
             async with replica.while_alive():
-                request = replica.client.build_request(
-                    "POST", incoming.path, content=incoming.body, headers=incoming.headers
-                )
-                answer = await replica.client.send(request, stream=True)
-                try:
+                answer = await replica.upstream.send("POST", incoming.path, incoming.headers, incoming.body)
+                with contextlib.closing(answer):
                     await self._pass_on(exchange, answer, tally)
-                finally:
-                    await answer.aclose()
-            outcome = "answered" if answer.status_code < 400 else "rejected"
+            outcome = "answered" if answer.status < 400 else "rejected"
         except _Refused:
             outcome = "refused"
             raise
@@ -176,10 +171,10 @@ class Dispatcher:
             self.counts.outcomes[replica.name, outcome] += 1
             self._settle(incoming, replica, tally, kept=outcome in ("answered", "abandoned"))
 
-    async def _pass_on(self, exchange: Exchange, answer: httpx.Response, tally: Tally) -> None:
+    async def _pass_on(self, exchange: Exchange, answer: UpstreamAnswer, tally: Tally) -> None:
         kind = answer.headers.get("content-type", "application/json")
-        if answer.status_code == 200 and kind.startswith("text/event-stream"):
-            async for piece in answer.aiter_raw():
+        if answer.status == 200 and kind.startswith("text/event-stream"):
+            async for piece in answer.pieces():
                 events = tally.events_of(piece)
                 if events:
                     if not exchange.started:
@@ -191,7 +186,7 @@ class Dispatcher:
             await exchange.end_events(last)
             return
         pieces, size = [], 0
-        async for piece in answer.aiter_raw():
+        async for piece in answer.pieces():
             pieces.append(piece)
             size += len(piece)
             if size > self.config.max_answer_bytes:
@@ -199,13 +194,13 @@ class Dispatcher:
                 raise ApiError(502, message, code="answer_too_large")
         body = b"".join(pieces)
         headers = {name: answer.headers[name] for name in _KEPT_HEADERS if name in answer.headers}
-        if answer.status_code in _ELSEWHERE:
-            raise _Refused(answer.status_code, {"content-type": kind, **headers}, body)
+        if answer.status in _ELSEWHERE:
+            raise _Refused(answer.status, {"content-type": kind, **headers}, body)
         tally.whole(body)
         if exchange.started:  # comments have been sent: this must be an event
-            await self._pass_refusal(exchange, _Refused(answer.status_code, headers, body))
+            await self._pass_refusal(exchange, _Refused(answer.status, headers, body))
         else:
-            await exchange.answer_bytes(body, kind, answer.status_code, headers)
+            await exchange.answer_bytes(body, kind, answer.status, headers)
 
     async def _pass_refusal(self, exchange: Exchange, refused: _Refused) -> None:
         if exchange.started:
@@ -252,12 +247,13 @@ async def forward(exchange: Exchange, replicas: Sequence[Replica], body: bytes |
     for replica in sorted(replicas, key=lambda r: r.active):
         try:
             async with replica.while_alive(), asyncio.timeout(60):
-                answer = await replica.client.request(scope["method"], scope["path"], content=body, headers=headers)
+                status, given, content = await replica.upstream.fetch(
+                    scope["method"], scope["raw_path"].decode("latin-1"), headers, body or b""
+                )
         except (ReplicaLost, TimeoutError):
             if replica.state == "ready":
                 await replica.look()
             continue
-        kind = answer.headers.get("content-type", "application/json")
-        await exchange.answer_bytes(answer.content, kind, answer.status_code)
+        await exchange.answer_bytes(content, given.get("content-type", "application/json"), status)
         return True
     return False

@@ -2,19 +2,17 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
-from urllib.parse import urlsplit
-
-import httpx
+from urllib.parse import urlencode, urlsplit
 
 from jaxstack.serving.router.config import RouterConfig
+from jaxstack.serving.router.upstream import Upstream, UpstreamError
 
 log = logging.getLogger(__name__)
 
-# Idle connections are given up before any server does so, or a request would meet one that is just being closed.
-_IDLE_S = 2.0
 _POLL_S = 10.0
 # For a server that does not report what it evicts: it may be replaced by one that does.
 _ASK_AGAIN_S = 30.0
@@ -36,7 +34,7 @@ class Replica:
 
     Attributes:
       name: HOST:PORT.
-      client: for requests to it.
+      upstream: for requests to it.
       active: requests sent to it that are not over.
       state: "ready"; "busy", it says so itself (warming up, shutting down); "down"; "unknown" before the first look.
       why: for a state other than "ready", in one line.
@@ -54,13 +52,8 @@ class Replica:
         self.url, self.name = url, urlsplit(url).netloc
         self._config, self._on_evicted, self._on_restart = config, on_evicted, on_restart
         key = config.replica_api_key
-        self.client = httpx.AsyncClient(
-            base_url=url,
-            trust_env=False,
-            headers={"accept-encoding": "identity", **({"authorization": f"Bearer {key}"} if key else {})},
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=256, keepalive_expiry=_IDLE_S),
-            timeout=httpx.Timeout(None, connect=config.connect_timeout_s, write=30.0),
-        )
+        own = {"authorization": f"Bearer {key}"} if key else {}
+        self.upstream = Upstream(url, config.connect_timeout_s, own)
         self.active = 0
         self.state, self.why = "unknown", "not asked yet"
         self.draining = False
@@ -79,7 +72,9 @@ class Replica:
         try:
             await asyncio.gather(self._watch_health(), self._read_reports())
         finally:
-            await self.client.aclose()
+            if self._looking is not None:
+                self._looking.cancel()
+            self.upstream.close()
 
     @contextlib.asynccontextmanager
     async def while_alive(self) -> AsyncIterator[None]:
@@ -93,8 +88,8 @@ class Replica:
             if not scope.expired():
                 raise
             raise ReplicaLost(self.why) from error
-        except httpx.RequestError as error:
-            raise ReplicaLost(_words(error)) from error
+        except UpstreamError as error:
+            raise ReplicaLost(str(error)) from error
         finally:
             self._waits.discard(scope)
 
@@ -145,40 +140,41 @@ class Replica:
 
     async def _look(self) -> None:
         try:
-            answer = await self.client.get("/health", timeout=self._config.health_timeout_s)
-            if answer.status_code == 404:  # not every server has it
-                answer = await self.client.get("/v1/models", timeout=self._config.health_timeout_s)
-        except httpx.TimeoutException as error:
+            async with asyncio.timeout(self._config.health_timeout_s):
+                status, _, body = await self.upstream.fetch("GET", "/health")
+                if status == 404:  # not every server has it
+                    status, _, body = await self.upstream.fetch("GET", "/v1/models")
+        except TimeoutError:
             self._failures += 1
-            if self._failures > self._config.failures_allowed or isinstance(error, httpx.ConnectTimeout):
+            if self._failures > self._config.failures_allowed:
                 self.lost(f"did not answer {self._failures} times in a row")
             return
-        except httpx.RequestError as error:
-            self.lost(_words(error))
+        except UpstreamError as error:
+            self.lost(str(error))
             return
         self._failures = 0
-        if answer.status_code < 500:
+        if status < 500:
             if self.state != "ready":
                 log.info("replica %s is ready", self.name)
             self.state, self.why = "ready", ""
         else:
-            self.state, self.why = "busy", _message(answer) or f"its health is {answer.status_code}"
+            self.state, self.why = "busy", _message(body) or f"its health is {status}"
 
     async def _read_reports(self) -> None:
         after = 0
         while True:
             pause_s = self._config.health_interval_s
             if self.state in ("ready", "busy"):
-                query: dict[str, Any] = {"after": after, "wait_s": int(_POLL_S)}
-                if self.epoch is not None:
-                    query["epoch"] = self.epoch
+                query: dict[str, Any] = {"after": after, "wait_s": int(_POLL_S), "epoch": self.epoch or ""}
                 try:
-                    answer = await self.client.get("/prefix_cache/evictions", params=query, timeout=3 * _POLL_S)
-                    if answer.status_code == 200:
-                        after, pause_s = self._take_report(answer.json()), 0.02
+                    async with asyncio.timeout(3 * _POLL_S):
+                        target = f"/prefix_cache/evictions?{urlencode(query)}"
+                        status, _, body = await self.upstream.fetch("GET", target)
+                    if status == 200:
+                        after, pause_s = self._take_report(json.loads(body)), 0.02
                     else:
                         self.reports, pause_s = False, _ASK_AGAIN_S
-                except httpx.RequestError:
+                except (UpstreamError, TimeoutError):
                     pass
                 except (ValueError, KeyError, TypeError, AttributeError) as error:
                     log.warning("replica %s: its report of evictions cannot be read (%s)", self.name, error)
@@ -199,12 +195,8 @@ class Replica:
         return after
 
 
-def _words(error: Exception) -> str:
-    return str(error).strip() or type(error).__name__
-
-
-def _message(answer: httpx.Response) -> str:
+def _message(body: bytes) -> str:
     try:
-        return str(answer.json()["error"]["message"])
+        return str(json.loads(body)["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return ""

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 from starlette.applications import Starlette
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 CLIENT_HEADER = "x-client-id"
 _REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}")
 _PASSED_HEADERS = ("authorization", "traceparent", "tracestate")
+# In a header; everything else, line ends above all, is written as in URLs.
+_PLAIN = " !#$&'()*+,/:;<=>?@[]^`{|}~"
 # A body larger than this is read on a thread: it would hold up the others.
 _SMALL_BODY = 128 * 1024
 _DEFAULT_MAX_TOKENS = 16
@@ -180,7 +183,7 @@ class RouterService:
         if "content-type" in exchange.headers:
             headers["content-type"] = exchange.headers["content-type"]
         if client is not None:
-            headers[CLIENT_HEADER] = client.encode("ascii", "backslashreplace").decode("ascii")
+            headers[CLIENT_HEADER] = quote(client, safe=_PLAIN).strip()
         for passed in _PASSED_HEADERS:
             if passed in exchange.headers and not (passed == "authorization" and self.config.replica_api_key):
                 headers[passed] = exchange.headers[passed]

@@ -360,6 +360,9 @@ def test_a_client_header_counts_where_it_is_trusted(http: httpx.Client) -> None:
         with RawReplica(answers) as one, routing(one.url, http={"trust_client_id": trusted}) as router:
             http.post(f"{router.base_url}/completions", json=ASK, headers={"x-client-id": "bob"})
             assert f"x-client-id: {client}\r\n" in one.heads[0]
+            sly = {**ASK, "user": "é\r\nx-evil: 1"}
+            assert http.post(f"{router.base_url}/completions", json=sly).status_code == 200
+            assert "x-client-id: %c3%a9%0d%0ax-evil: 1\r\n" in one.heads[1]
 
 
 def test_draining_a_replica_and_the_router(http: httpx.Client) -> None:
