@@ -6,10 +6,10 @@ and the thread, and takes the turns; `asking.py` waits for many requests at once
 
 In a turn, `pipeline.py` runs one step after the other, each started before the last one's results are read.
 `scheduler.py` decides what to compute (a `step_plan.py`), with a policy from `scheduling/`, pages and cached prefixes
-from `memory/` and guesses from `speculate.py` (all plain Python, no jax); `batch.py` and `draws.py` pack the decision
-into arrays of a fixed shape; `runner.py` owns the device arrays, laid out by `placement.py`, and runs the compiled
-programs; `answers.py` turns tokens into answers, with `detokenise.py` making the text, for the listeners of
-`listeners.py`.
+from `memory/` (named by `prefixes.py`) and guesses from `speculate.py` (all plain Python, no jax); `batch.py` and
+`draws.py` pack the decision into arrays of a fixed shape; `runner.py` owns the device arrays, laid out by
+`placement.py`, and runs the compiled programs; `answers.py` turns tokens into answers, with `detokenise.py` making
+the text, for the listeners of `listeners.py`.
 
 What is drawn: `sampling.py` picks a token of each row; `logit_rules.py` is what a request may ask of the logits before
 (bias, masks, penalties); `guided.py` follows grammars; `draws.py` packs all that for a step and `sampler.py` holds the

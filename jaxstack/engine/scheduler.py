@@ -14,10 +14,11 @@ ends keeps its pages until its last row has settled, and nobody is preempted bef
 import collections
 import dataclasses
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 
 from jaxstack.engine.memory import PagePool, RadixTree
+from jaxstack.engine.prefixes import Prefixes
 from jaxstack.engine.request import Sequence
 from jaxstack.engine.scheduling import Admission, Policy, PrefixLengths, Room, Steward
 from jaxstack.engine.speculate import Drafter
@@ -83,10 +84,10 @@ class Scheduler:
         self.page_size = page_size
         self.max_sequences = max_sequences
         self.max_batch_tokens = max_batch_tokens
-        self.prefix_caching = prefix_caching
         self.speculation = speculation
         self.pool = PagePool(num_pages)
         self.tree = RadixTree(self.pool)
+        self._prefixes = Prefixes(self.tree, page_size, prefix_caching)
         self.reserve = reserve
         rows = max(max_rows, max_sequences)
         self.steward = Steward(
@@ -94,7 +95,7 @@ class Scheduler:
             Room(max_sequences, num_pages * page_size, reserve, in_flight=rows, lock_step=not speculation),
         )
         self.speculation_rows = min(speculation_rows, rows)
-        self._lengths = PrefixLengths(self.tree, self._extend_chain)
+        self._lengths = PrefixLengths(self.tree, self._prefixes.extend)
         self._preempted: dict[Sequence, int] = {}  # that wait again, and how many tokens they had computed
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -138,8 +139,8 @@ class Scheduler:
 
     def cached_tokens(self, request: Sequence) -> int:
         """Tokens of `request` that the prefix cache holds now."""
-        keys = self._keys(request, self._sharable(request))
-        return self.tree.peek(keys, self._namespace(request)) * self.page_size
+        keys = self._prefixes.keys(request)
+        return self.tree.peek(keys, self._prefixes.namespace(request)) * self.page_size
 
     def prefix_lengths(self, waiting: Seq[Sequence]) -> list[int]:
         """`cached_tokens` of each of the waiting sequences, without a walk through the tree for each; 0 for those that
@@ -364,8 +365,8 @@ class Scheduler:
         """Makes a waiting sequence a running one, if there are pages for it."""
         if sequence.slot >= 0 or sequence.finish_reason is not None:
             return Admission.GONE
-        namespace = self._namespace(sequence)
-        keys = self._keys(sequence, self._sharable(sequence)) if self._shares(sequence) else []
+        namespace = self._prefixes.namespace(sequence)
+        keys = self._prefixes.keys(sequence) if self._prefixes.shares(sequence) else []
         if keys and not sequence.scoring and self._prefix_in_flight(sequence, keys):
             return Admission.LATER
         room = self.free_pages - self._set_aside()
@@ -416,26 +417,16 @@ class Scheduler:
         self._lengths.forget(sequence)
         self.steward.accounts.waits_no_more(sequence.client)
 
-    def _extend_chain(self, sequence: Sequence, chain: list[int]) -> bool:
-        """Names some more of the pages that a cache hit may cover (`PrefixLengths`)."""
-        have = len(chain)
-        pages = min(self._sharable(sequence), 2 * have + 4) if self._shares(sequence) else 0
-        if have >= pages:
-            return False
-        keys = self._keys(sequence, pages)[have:]
-        chain += self.tree.chain_hashes(keys, self._namespace(sequence), chain[-1] if chain else None)
-        return True
-
     def _prefix_in_flight(self, sequence: Sequence, keys: list[tuple[int, ...]]) -> bool:
         """Whether a running prompt is about to compute the page `sequence` lacks next: then it pays to wait for it."""
-        namespace = self._namespace(sequence)
+        namespace = self._prefixes.namespace(sequence)
         have = self._lengths.of((sequence,))[0]
         if have == len(keys):
             return False
         for other in self.running:
-            if other.computed >= (have + 1) * self.page_size or self._namespace(other) != namespace:
+            if other.computed >= (have + 1) * self.page_size or self._prefixes.namespace(other) != namespace:
                 continue
-            theirs = self._keys(other, self._sharable(other))
+            theirs = self._prefixes.keys(other)
             if len(theirs) > have and theirs[have] == keys[have] and theirs[:have] == keys[:have]:
                 return True
         return False
@@ -464,9 +455,11 @@ class Scheduler:
     def _share(self, sequence: Sequence) -> None:
         """Puts the whole computed pages of `sequence` into the tree and locks them there."""
         full = min(sequence.computed, len(sequence.tokens)) // self.page_size
-        if not self._shares(sequence) or full <= sequence.shared_pages:
+        if not self._prefixes.shares(sequence) or full <= sequence.shared_pages:
             return
-        match = self.tree.insert(self._keys(sequence, full), sequence.pages[:full], self._namespace(sequence))
+        match = self.tree.insert(
+            self._prefixes.keys(sequence, full), sequence.pages[:full], self._prefixes.namespace(sequence)
+        )
         for i in range(sequence.shared_pages, full):
             if match.pages[i] != sequence.pages[i]:  # another sequence was first: use its page, free ours
                 self._retire([sequence.pages[i]])
@@ -489,36 +482,14 @@ class Scheduler:
         self.pool.release(sequence.pages[sequence.shared_pages :])
         if sequence.node is not None:
             self.tree.unlock(sequence.node)
-        if not self.prefix_caching and sequence.request.unfinished <= 1:
-            self.tree.drop(self._namespace(sequence))
+        if not self._prefixes.caching and sequence.request.unfinished <= 1:
+            self.tree.drop(self._prefixes.namespace(sequence))
         self._slots.append(sequence.slot)
         sequence.pages, sequence.shared_pages, sequence.node = [], 0, None
         sequence.slot, sequence.computed = -1, 0
 
-    def _shares(self, sequence: Sequence) -> bool:
-        pooled = sequence.request.pooled
-        if pooled is not None and pooled.whole:
-            return False
-        return self.prefix_caching or sequence.request.choices > 1
-
-    def _namespace(self, sequence: Sequence) -> Hashable:
-        """Who may use the same prefixes: without a prefix cache still the choices of one request."""
-        return sequence.request.namespace if self.prefix_caching else sequence.request
-
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
-
-    def _sharable(self, sequence: Sequence) -> int:
-        """Pages that a cache hit may cover: at least one token must be left to compute."""
-        return (len(sequence.tokens) - 1) // self.page_size
-
-    def _keys(self, sequence: Sequence, pages: int) -> list[tuple[int, ...]]:
-        size, keys = self.page_size, sequence.keys
-        given = sequence.request.given
-        for i in range(len(keys), pages):
-            tokens = sequence.tokens[i * size : (i + 1) * size]
-            keys.append(tuple(tokens) if given is None else given.page_key(tokens, i * size))
-        return keys if len(keys) == pages else keys[:pages]
 
     def _path(self, node) -> list[int]:
         """Pages from the root to `node`."""
