@@ -34,8 +34,8 @@ class Workload:
         spread = 0.6
         # More than are needed: the last rows of a packed set are those that did not come out even.
         count = 100 + 3 * self.steps * self.rows * self.seq_len // self.mean_tokens
-        lengths = rng.lognormal(np.log(self.mean_tokens) - spread**2 / 2, spread, count)
-        lengths = np.clip(np.round(lengths), 8, self.seq_len).astype(np.int64)
+        drawn = rng.lognormal(np.log(self.mean_tokens) - spread**2 / 2, spread, count)
+        lengths = np.clip(np.round(drawn), 8, self.seq_len).astype(np.int64)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         mask = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths) >= np.repeat(
             np.maximum(1, np.round(self.prompt_share * lengths)), lengths
