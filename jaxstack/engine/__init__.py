@@ -18,7 +18,8 @@ logprobs of its tokens, `pooling.py` its vector.
 
 `config.py` has the settings and the sizes that follow from them; `weights.py` makes a decoder ready to be served,
 `adapters.py` keeps account of its LoRA adapters, `invariance.py` proves that bits do not depend on the batch, and
-`stats.py` takes readings. `request.py` has the types that all of them pass around.
+`stats.py` takes readings. `request.py` has the types that all of them pass around. Whoever is one of `observer.py` is
+told of each request and step; `live.py` puts an engine under the same load as the simulator in `scheduling/`.
 """
 
 import importlib

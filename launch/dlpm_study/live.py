@@ -24,6 +24,7 @@ from jaxstack.models.hf_config import config_from_folder
 from jaxstack.serving.router.policies import RoutedRequest, RoutingPolicy, routing_policy_named
 from launch.dlpm_study.config import StudyConfig
 from launch.dlpm_study.simulated import describe, fairness
+from launch.serve_benchmark.machine import LoadMeter
 
 # Tokens of the live model's window: a document, a question and an answer.
 WINDOW = 640
@@ -80,8 +81,10 @@ class LiveStudy:
         before = engine.stats().recompilations
         end_s = study.warm_s + spans * study.span_s
         ticker = Ticker(server, self._tick)
+        machine = LoadMeter()
         try:
-            drive(server, load, until_s=end_s, on_outcome=meter.on_outcome, on_turn=ticker)
+            with machine:
+                drive(server, load, until_s=end_s, on_outcome=meter.on_outcome, on_turn=ticker)
         finally:
             engine.observers.remove(meter)
             engine.observers.remove(log)
@@ -97,6 +100,9 @@ class LiveStudy:
             **found,
             "spans": [row.as_json() for row in rows],
             "samples": [dataclasses.astuple(sample) for sample in samples],
+            # For a machine that others use: what a second of processor time was worth, the warm-up included.
+            "service_per_cpu_s": round(meter.row(0.0, end_s).service_rate * end_s / machine.own_cpu_s, 2),
+            "foreign_cores": round(machine.foreign_cores, 3),
             "recompilations": engine.stats().recompilations - before,
         }
 

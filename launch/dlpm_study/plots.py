@@ -88,7 +88,8 @@ def _latency(parts: Parts) -> Figure:
     figure = _figure(12, 6)
     for ax, workload in zip(figure.subplots(2, 1), ("mixed", "equal")):
         _bars(ax, {policy: parts[f"live-{workload}-{policy}-0"] for policy in POLICIES})
-        ax.set_title(f"Live engine, workload '{workload}': end-to-end latency of each client, P50 (bar) and P99 (tick)")
+        what = "end-to-end latency of each client, P50 (bar) and P99 (tick); x: nothing was answered"
+        ax.set_title(f"Live, '{workload}': {what}", loc="left", fontsize=10)
     return figure
 
 
@@ -107,6 +108,7 @@ def _bars(ax: Axes, parts: Parts) -> None:
                 ax.text(place, 0, "x", ha="center", va="bottom", color=_COLOURS[policy], fontsize=9)
     ax.set_xticks(range(len(clients)), clients, rotation=30, ha="right", fontsize=8)
     ax.set_ylabel("seconds")
-    ax.set_yscale("symlog", linthresh=0.1)
+    ax.set_ylim(bottom=0)
+    ax.margins(x=0.01)
     ax.grid(alpha=0.3, axis="y")
-    ax.legend(fontsize=8, ncols=len(parts), title="x: nothing was answered", title_fontsize=8)
+    ax.legend(fontsize=8, ncols=len(parts), loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.1)

@@ -267,6 +267,7 @@ def test_fit_finds_the_costs_that_made_the_samples():
         assert getattr(found, name) == pytest.approx(getattr(true, name), rel=tolerance)
     error = found.error(samples)
     assert error.median < 0.02 and error.p90 < 0.03 and abs(error.total) < 0.005
+    assert found.scaled(2).seconds(8, 100, 50) == pytest.approx(2 * found.seconds(8, 100, 50))
     # Something that slowed one step in twenty tenfold moves it little; nothing is ever negative.
     slowed = [dataclasses.replace(s, seconds=s.seconds * (10 if i % 20 == 0 else 1)) for i, s in enumerate(samples)]
     assert StepCostModel.fit(slowed).base_s == pytest.approx(true.base_s, rel=0.15)

@@ -70,9 +70,9 @@ def test_a_study_says_everything_and_goes_on_where_it_was(tmp_path, monkeypatch)
     monkeypatch.setattr(dlpm, "FLEET_POLICIES", {name: dlpm.FLEET_POLICIES[name] for name in POLICIES})
     summary = dlpm.run_study(TINY, tmp_path, live_fleet=False)
     for name in ("dlpm_over_vtc_throughput", "dlpm_over_vtc_throughput_equal", "dlpm_over_vtc_requests"):
-        assert summary[name] is None or summary[name] > 0  # nothing may have ended in a span on a busy machine
+        assert summary[name] is None or summary[name] >= 0  # nothing may have ended in a span on a busy machine
     assert 0 < summary["gap_over_bound"] <= 1
-    assert summary["d2lpm_over_vtc_throughput"] is None or summary["d2lpm_over_vtc_throughput"] > 0
+    assert summary["d2lpm_over_vtc_throughput"] is None or summary["d2lpm_over_vtc_throughput"] >= 0
     assert summary["d2lpm_over_vtc_throughput_live"] is None
     assert summary["recompilations"] == 0
     assert summary["step_cost"]["error"]["samples"] >= 8

@@ -5,6 +5,11 @@ cached prefix; `vtc.py` by who has had least; `dlpm.py` is local and fair, with 
 in the currency of `cost.py`. `steward.py` stands between the scheduler and a policy: it keeps `accounts.py` of every
 client and the `certificate.py` that sets the gap between clients beside its bound. `prefix_lengths.py` knows how much
 of every waiting request is cached.
+
+What a policy is worth is seen in `simulator.py`: the engine's scheduler under a virtual clock, with steps that cost
+what `step_cost.py` has fitted to a live engine. `driving.py` brings load to it, or to a live engine: the closed loops
+of `workloads.py`, the programs of `programs.py`, the open arrivals of `arrivals.py`, or what `trace.py` has recorded.
+`measuring.py` says what came of it.
 """
 
 from collections.abc import Callable, Mapping

@@ -89,6 +89,11 @@ class StepCostModel:
         """Seconds of a planned step."""
         return self.seconds(self.shapes.rows(plan), *attention(plan))
 
+    def scaled(self, factor: float) -> "StepCostModel":
+        """A model of steps that take `factor` times as long."""
+        names = ("base_s", "token_s", "context_token_s", "pair_s")
+        return dataclasses.replace(self, **{name: factor * getattr(self, name) for name in names})
+
     @classmethod
     def fit(cls, samples: Sequence[StepSample], shapes: StepShapes = UNPADDED) -> "StepCostModel":
         """Least squares on relative errors, no cost negative: a step that something else delayed weighs little.
