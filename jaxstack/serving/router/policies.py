@@ -163,10 +163,15 @@ class _PrefixAware(RoutingPolicy):
         self._clock = clock
         # Of every request under way, how much of it was expected to be there.
         self._depth: dict[RoutedRequest, int] = {}
+        # By replica, in how many requests under way each key stands.
+        self._coming: dict[str, dict[int, int]] = {}
 
     def on_dispatch(self, request: RoutedRequest, replica: ReplicaView) -> None:
         self._depth[request] = self._depth_at(request, replica)
         self.tree.insert(request.keys, replica.name, self._clock())
+        coming = self._coming.setdefault(replica.name, {})
+        for key in request.keys:
+            coming[key] = coming.get(key, 0) + 1
 
     def on_finish(
         self,
@@ -176,16 +181,28 @@ class _PrefixAware(RoutingPolicy):
         output_tokens: int,
         prompt_tokens: int | None = None,
     ) -> None:
-        # Once more: a late report of what had been evicted before may have taken the marks away meanwhile.
-        self._depth.pop(request)
+        # Once more: the replica may have restarted meanwhile.
+        self._over(request, replica)
         self.tree.insert(request.keys, replica.name, self._clock())
 
     def on_failed(self, request: RoutedRequest, replica: ReplicaView) -> None:
-        depth = self._depth.pop(request)
-        self.tree.evict(request.keys[depth : depth + 1], replica.name)
+        depth = self._over(request, replica)
+        self.on_evicted(replica, request.keys[depth:])
 
     def on_evicted(self, replica: ReplicaView, keys: Sequence[int]) -> None:
-        self.tree.evict(keys, replica.name)
+        # What is on its way there is computed there, once more if need be.
+        coming = self._coming.get(replica.name, {})
+        self.tree.evict((key for key in keys if key not in coming), replica.name)
+
+    def _over(self, request: RoutedRequest, replica: ReplicaView) -> int:
+        """A request is under way no more; returns how many of its keys were expected to be there."""
+        coming = self._coming[replica.name]
+        for key in request.keys:
+            if coming[key] == 1:
+                del coming[key]
+            else:
+                coming[key] -= 1
+        return self._depth.pop(request)
 
     def on_restart(self, replica: ReplicaView) -> None:
         self.tree.forget(replica.name)

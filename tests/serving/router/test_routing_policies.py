@@ -152,8 +152,16 @@ def test_evicted_prefixes_are_not_counted_on() -> None:
     assert cluster.send(request) == "a"
     cluster.finish(request, cached=0)
     assert policy.cached(request, cluster.replicas[0]) == 10
+    # What is on its way there will be there, whatever is said of the past.
+    other = ask("x", *range(6), 77, 78)
+    assert cluster.send(other) == "a"
     policy.on_evicted(cluster.replicas[0], request.keys[4:5])
-    assert policy.cached(request, cluster.replicas[0]) == 4
+    assert policy.cached(request, cluster.replicas[0]) == 10
+    policy.on_evicted(cluster.replicas[0], request.keys[6:])
+    assert policy.cached(request, cluster.replicas[0]) == 6
+    cluster.finish(other, cached=4)
+    policy.on_evicted(cluster.replicas[0], request.keys[4:5])
+    assert policy.cached(request, cluster.replicas[0]) == 4 and not policy._coming["a"]
 
 
 @dataclasses.dataclass
