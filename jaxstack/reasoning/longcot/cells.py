@@ -124,8 +124,8 @@ class CellRunner:
         engine = self._engine_of(model_folder)
         limit = task.max_tokens
         prompts, sampling = [], []
-        skipped = {mode for mode in ("no_thinking", "slipped") if not getattr(task, mode)}
-        modes = [mode for mode in _MODES if mode not in skipped]
+        knows = {"no_thinking": task.no_thinking, "slipped": task.slip(problems[0]) is not None}
+        modes = [mode for mode in _MODES if knows.get(mode, True)]
         for mode in modes:
             for problem in problems:
                 prompt = prompt_of(problem.content, thinking=mode != "no_thinking")

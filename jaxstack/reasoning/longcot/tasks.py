@@ -56,14 +56,12 @@ class StudyTask(Protocol):
       name: as flags spell it.
       vocabulary: the words of its tokenizer, in order of their ids.
       no_thinking: whether the model also answers with its thought closed at once.
-      slipped: whether it also goes on behind a `slip`.
       seq_len, max_tokens: length of a packed row, and of an answer.
     """
 
     name: str
     vocabulary: tuple[str, ...]
     no_thinking: bool
-    slipped: bool
     seq_len: int
     max_tokens: int
 
@@ -83,9 +81,9 @@ class StudyTask(Protocol):
         """Held-out problems, the same at every call."""
         ...
 
-    def slip(self, problem: Any) -> str:
-        """The beginning of a thought whose last step has a wrong result, the same at every call. Whether the model
-        notices tells if it backtracks.
+    def slip(self, problem: Any) -> str | None:
+        """The beginning of a thought whose last step has a wrong result, the same at every call: whether the model
+        notices tells if it backtracks. None of every problem where the task has no step that could be repaired.
         """
         ...
 
@@ -142,7 +140,6 @@ class RelayTask:
     name = "relay"
     vocabulary: tuple[str, ...] = RELAY_VOCABULARY
     no_thinking = False
-    slipped = True
     seq_len = 288
     max_tokens = 278
 
@@ -201,7 +198,6 @@ class CountdownTask:
     name = "countdown"
     vocabulary: tuple[str, ...] = VOCABULARY
     no_thinking = True
-    slipped = False
     seq_len = 272
     max_tokens = 150
 
@@ -235,8 +231,8 @@ class CountdownTask:
     def problems(self, count: int) -> Sequence[countdown.Problem]:
         return countdown.held_out(count)
 
-    def slip(self, problem: countdown.Problem) -> str:
-        raise NotImplementedError("a search has no step that a recheck would repair")
+    def slip(self, problem: countdown.Problem) -> None:
+        return None  # a search goes on to the next candidate
 
     def correct(self, problem: countdown.Problem, text: str) -> tuple[bool, str]:
         verdict = countdown.grade(problem, text)
