@@ -61,6 +61,7 @@ class Scheduler:
       reserve: admit a sequence only if the pages of its longest answer are free too, so that nobody is preempted and
         debts stay smaller, at the price of smaller batches.
       clock: seconds, monotonic; a simulator passes its own.
+      pool: of `num_pages` pages, all free; by default a new one.
 
     Attributes:
       steward: tells the policy what happens; keeps the clients' accounts and the fairness certificate.
@@ -80,12 +81,13 @@ class Scheduler:
         speculation_rows: int = 0,
         reserve: bool = False,
         clock: Callable[[], float] = time.perf_counter,
+        pool: PagePool | None = None,
     ):
         self.page_size = page_size
         self.max_sequences = max_sequences
         self.max_batch_tokens = max_batch_tokens
         self.speculation = speculation
-        self.pool = PagePool(num_pages)
+        self.pool = pool or PagePool(num_pages)
         self.tree = RadixTree(self.pool)
         self._prefixes = Prefixes(self.tree, page_size, prefix_caching)
         self.reserve = reserve
@@ -176,10 +178,19 @@ class Scheduler:
         self.steward.arrived(sequence, self)
         self.waiting.append(sequence)
 
-    def take_over(self, old: "Scheduler") -> None:
-        """Goes on where `old`, which has the same policy and nothing running, has to stop."""
+    def take_over(self, old: "Scheduler", again: Seq[Sequence] = ()) -> None:
+        """Goes on where `old`, which has the same policy, has to stop. Nothing runs there, but for those of `again`:
+        they wait once more, with the tokens that have been read, and all pages lost.
+        """
         self.waiting, self.counters, self.steward = old.waiting, old.counters, old.steward
         self._preempted = old._preempted
+        for sequence in again:
+            self._preempted[sequence] = sequence.computed
+            sequence.pages, sequence.shared_pages, sequence.node = [], 0, None
+            sequence.slot, sequence.computed, sequence.pending, sequence.in_flight = -1, 0, 0, 0
+            self.waiting.append(sequence)
+            self.steward.preempted(sequence)
+            self.counters.preemptions += 1
 
     def plan(self) -> StepPlan | None:
         """The next step's rows, with pages allocated for every one of them. Empty when there is nothing to do.
@@ -276,6 +287,7 @@ class Scheduler:
         self.waiting.append(sequence)
         self.steward.preempted(sequence)
         self.counters.preemptions += 1
+        self.pool.shortages += 1
 
     def check_accounting(self) -> None:
         """Raises AssertionError unless every page is free, the tree's, or private to exactly one sequence."""
@@ -294,6 +306,8 @@ class Scheduler:
     # Inside.
 
     def _fill(self, rows: Rows) -> None:
+        while self.pool.overdrawn and self._give_up(self.pool.overdrawn):
+            pass
         ready = [s for s in self.running if not s.complete]
         decoding = [s for s in ready if s.remaining == 1]
         prefilling = [s for s in ready if s.remaining > 1]
@@ -342,7 +356,9 @@ class Scheduler:
             if self.full:
                 return Admission.FULL
             admission = self._start(sequence)
-            short = short or admission is Admission.NO_ROOM
+            if admission is Admission.NO_ROOM and not short:
+                short = True
+                self.pool.shortages += 1
             if admission is Admission.ADMITTED:
                 self._budget -= self._chunk(sequence, self._budget, rows)
             return admission
@@ -410,8 +426,8 @@ class Scheduler:
     def _set_aside(self) -> int:
         """Free pages that no new sequence may take: those promised to running ones, or a few for their next tokens."""
         if self.reserve:
-            return sum(max(0, self._needed(s) - len(s.pages)) for s in self.running)
-        return len(self.running) + self.pool.size // 100 if self.running else 0
+            return self.pool.withheld + sum(max(0, self._needed(s) - len(s.pages)) for s in self.running)
+        return self.pool.withheld + len(self.running) + self.pool.size // 100 if self.running else 0
 
     def _waits_no_more(self, sequence: Sequence) -> None:
         self._lengths.forget(sequence)
@@ -435,22 +451,33 @@ class Scheduler:
         """Pages for the first `tokens` tokens; evicts and preempts as needed. False: `sequence` was preempted."""
         need = self._pages_for(tokens) - len(sequence.pages)
         while need > self.pool.free:
-            if self.tree.evict(need - self.pool.free):
-                continue
-            if self.in_flight:
-                raise _Unsettled
-            # The first of the first class is never the victim, so that something always finishes.
-            first = min(self.running, key=lambda s: (s.priority, s.order))
-            others = [s for s in self.running if s is not first]
-            last = max(s.priority for s in others)
-            victim = self.steward.victim([s for s in others if s.priority == last])
-            rows.pop(victim, None)
-            self.preempt(victim)
+            victim = self._give_up(need - self.pool.free)
+            assert victim is not False, "a sequence that runs alone does not fit"
+            if isinstance(victim, Sequence):
+                rows.pop(victim, None)
             if victim is sequence:
                 return False
         if need > 0:
             sequence.pages.extend(self.pool.allocate(need))
         return True
+
+    def _give_up(self, count: int) -> Sequence | bool:
+        """Has the cache give up `count` pages, or else a running sequence all of its own, which is returned. False:
+        there is nobody who could.
+        """
+        if self.tree.evict(count):
+            return True
+        if self.in_flight:
+            raise _Unsettled
+        # The first of the first class is never the victim, so that something always finishes.
+        first = min(self.running, key=lambda s: (s.priority, s.order), default=None)
+        others = [s for s in self.running if s is not first]
+        if not others:
+            return False
+        last = max(s.priority for s in others)
+        victim = self.steward.victim([s for s in others if s.priority == last])
+        self.preempt(victim)
+        return victim
 
     def _share(self, sequence: Sequence) -> None:
         """Puts the whole computed pages of `sequence` into the tree and locks them there."""

@@ -4,6 +4,9 @@ The cache is `[layers, pages, page_size, 2 * kv_heads, head_dim]`, keys and valu
 key head h, 2h + 1 its value), so that one page of one layer is one contiguous block. Query rows of all sequences lie
 one after another; sequence s owns rows `query_starts[s] .. query_starts[s + 1]`, the last tokens of its `kv_lens[s]`
 tokens in the cache. The first `num_decodes` sequences have one row each.
+
+A layer's pages may lie in two arrays: the cache, and pages that were fetched for this layer alone. Pages keep their
+order in the block table, so sums run in the order in which they would without.
 """
 
 import functools
@@ -30,6 +33,7 @@ def paged_attention(
     window: Int[Array, ""] | int = 2**30,
     softcap: float | None = None,
     sinks: Float[Array, " heads"] | None = None,
+    staged_pages: Float[Array, "staged page_size kv_heads_2 head_dim"] | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "rows heads head_dim"]:
     """Softmax attention of every query row over its own sequence's cached tokens, causal, within `window`.
@@ -40,6 +44,7 @@ def paged_attention(
     Args:
       softcap: c > 0 turns every score s into c * tanh(s / c) (Gemma 2); None leaves them.
       sinks: one logit a head that joins the softmax as a key without a value (gpt-oss); None for none.
+      staged_pages: more pages of this layer: `pages + i` in a block table is `staged_pages[i]`. None for none.
       implementation: "ref" (dense, the oracle), "xla" (blocked, cost follows the real lengths), "cpu" (compiled C++:
         float32 or bfloat16 computed in float32, head_dim a multiple of 16; a row's result does not depend on the rows
         beside it), "pallas_gpu" (NVIDIA GPUs: head_dim up to 256), "pallas_tpu" (head_dim a multiple of 128) or
@@ -56,10 +61,18 @@ def paged_attention(
         raise ValueError(f"softcap: found {softcap}, expected a positive number or None")
     if sinks is not None and sinks.shape != q.shape[1:2]:
         raise ValueError(f"sinks: found shape {sinks.shape}, expected one logit a head, ({q.shape[1]},)")
+    if staged_pages is not None and (staged_pages.shape[1:], staged_pages.dtype) != (kv.shape[2:], kv.dtype):
+        raise ValueError(
+            f"staged_pages: found {staged_pages.dtype} {staged_pages.shape[1:]} a page, expected {kv.dtype} "
+            f"{kv.shape[2:]} as in the cache"
+        )
+    if staged_pages is not None and staged_pages.shape[0] == 0:
+        staged_pages = None
     form = implementation_for("paged_attention", implementation, _FORMS, lambda form: _refuses(form, q, kv, batch))
     window = jnp.asarray(window, jnp.int32)
     arrays = (q, kv, jnp.asarray(layer, jnp.int32), batch)
-    return _FORMS[form](*arrays, scale=scale, window=window, softcap=softcap, sinks=sinks)
+    options = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+    return _FORMS[form](*arrays, **options, staged=staged_pages)
 
 
 def _refuses(form: str, q, kv, batch) -> str:

@@ -25,8 +25,9 @@ def refuses(q, kv) -> str:
     return why_not()
 
 
-def paged_attention(q, kv, layer, batch, *, scale, window, softcap=None, sinks=None):
+def paged_attention(q, kv, layer, batch, *, scale, window, softcap=None, sinks=None, staged=None):
     call = jax.ffi.ffi_call(kernel.target, jax.ShapeDtypeStruct(q.shape, q.dtype))
     sinks = jnp.zeros(0, jnp.float32) if sinks is None else sinks.astype(jnp.float32)
-    arrays = (q, kv, layer, window, batch.block_tables, batch.kv_lens, batch.query_starts, sinks)
+    staged = jnp.zeros((0, *kv.shape[2:]), kv.dtype) if staged is None else staged
+    arrays = (q, kv, layer, window, batch.block_tables, batch.kv_lens, batch.query_starts, sinks, staged)
     return call(*arrays, scale=np.float32(scale), softcap=np.float32(softcap or 0.0))

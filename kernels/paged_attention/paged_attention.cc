@@ -166,11 +166,11 @@ struct Scratch {
 template <typename Query, typename Cached>
 struct Attention {
   const Query* q;
-  const Cached* kv;  // the wanted layer
+  const Cached *kv, *staged;  // the wanted layer, and more pages of it
   const int32_t *tables, *kv_lens, *starts;
   const float* sinks;  // one logit a head, or null
   Query* out;
-  int64_t heads, kv_heads, head_dim, page_size, table_pages, window;
+  int64_t heads, kv_heads, head_dim, page_size, table_pages, pages, window;  // pages: of the cache; beyond are the staged ones
   float scale, softcap;  // softcap 0: none
   std::vector<Unit> units;
   std::atomic<int64_t> next{0}, done{0};
@@ -216,7 +216,10 @@ struct Attention {
         ++table;
         page = nullptr;
       }
-      if (!page) page = kv + *table * page_size * stride + 2 * unit.kv_head * head_dim;
+      if (!page) {
+        page = *table < pages ? kv + *table * page_size * stride : staged + (*table - pages) * page_size * stride;
+        page += 2 * unit.kv_head * head_dim;
+      }
       rows[t] = page + slot * stride;
     }
     std::fill(rows + count, rows + kTokens, rows[count - 1]);
@@ -414,13 +417,15 @@ using Sinks = ffi::Buffer<ffi::F32, 1>;
 
 template <typename Query, typename Cached>
 ffi::Error Run(ffi::ThreadPool& pool, ffi::AnyBuffer q, ffi::AnyBuffer kv, Integer layer, Integer window, Tables tables,
-               Integers kv_lens, Integers starts, Sinks sinks, float scale, float softcap, ffi::AnyBuffer out) {
+               Integers kv_lens, Integers starts, Sinks sinks, ffi::AnyBuffer staged, float scale, float softcap, ffi::AnyBuffer out) {
   const auto qs = q.dimensions(), ks = kv.dimensions(), ts = tables.dimensions();
   const int64_t sequences = ts[0], rows = qs[0], kv_heads = ks[3] / 2, group = qs[1] / kv_heads;
   auto work = std::make_shared<Attention<Query, Cached>>();
   const int64_t chosen = std::clamp<int64_t>(*layer.typed_data(), 0, ks[0] - 1);
   work->q = static_cast<const Query*>(q.untyped_data());
   work->kv = static_cast<const Cached*>(kv.untyped_data()) + chosen * ks[1] * ks[2] * ks[3] * ks[4];
+  work->staged = static_cast<const Cached*>(staged.untyped_data());
+  work->pages = ks[1];
   work->tables = tables.typed_data();
   work->kv_lens = kv_lens.typed_data();
   work->starts = starts.typed_data();
@@ -464,16 +469,17 @@ ffi::Error Run(ffi::ThreadPool& pool, ffi::AnyBuffer q, ffi::AnyBuffer kv, Integ
 }
 
 ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer kv, Integer layer, Integer window,
-                          Tables tables, Integers kv_lens, Integers starts, Sinks sinks, float scale, float softcap,
-                          ffi::Result<ffi::AnyBuffer> out) {
-  const auto qs = q.dimensions(), ks = kv.dimensions();
+                          Tables tables, Integers kv_lens, Integers starts, Sinks sinks, ffi::AnyBuffer staged, float scale,
+                          float softcap, ffi::Result<ffi::AnyBuffer> out) {
+  const auto qs = q.dimensions(), ks = kv.dimensions(), ps = staged.dimensions();
   if (qs.size() != 3 || ks.size() != 5 || qs[2] != ks[4] || qs[2] % kLanes || ks[3] < 2 || ks[3] % 2 || qs[1] % (ks[3] / 2) ||
       kv_lens.dimensions()[0] != tables.dimensions()[0] || starts.dimensions()[0] != tables.dimensions()[0] + 1 ||
-      (sinks.element_count() && static_cast<int64_t>(sinks.element_count()) != qs[1])) {
+      (sinks.element_count() && static_cast<int64_t>(sinks.element_count()) != qs[1]) || ps.size() != 4 ||
+      staged.element_type() != kv.element_type() || !std::equal(ps.begin() + 1, ps.end(), ks.begin() + 2)) {
     return ffi::Error::InvalidArgument("paged_attention: shapes of q, kv, sinks and the batch do not fit");
   }
   const auto run = [&](auto form) {
-    return form(pool, q, kv, layer, window, tables, kv_lens, starts, sinks, scale, softcap, *out);
+    return form(pool, q, kv, layer, window, tables, kv_lens, starts, sinks, staged, scale, softcap, *out);
   };
   if (out->element_type() == q.element_type()) {
     if (q.element_type() == ffi::F32 && kv.element_type() == ffi::F32) return run(Run<float, float>);
@@ -496,6 +502,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxstackPagedAttention, PagedAttention,
                                   .Arg<Integers>()
                                   .Arg<Integers>()
                                   .Arg<Sinks>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Attr<float>("scale")
                                   .Attr<float>("softcap")
                                   .Ret<ffi::AnyBuffer>());

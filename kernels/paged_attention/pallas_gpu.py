@@ -33,15 +33,15 @@ def refuses(q, kv) -> str:
     return "" if triton is not None else "this version of JAX has no Triton form of Pallas"
 
 
-def paged_attention(q, kv, layer, batch, *, scale, window, softcap=None, sinks=None, interpret=False):
+def paged_attention(q, kv, layer, batch, *, scale, window, softcap=None, sinks=None, staged=None, interpret=False):
     sequences = batch.kv_lens.shape[0]
-    attention = _Attention(q, kv, batch, scale, softcap, sinks, interpret)
+    attention = _Attention(q, kv, batch, scale, softcap, sinks, staged, interpret)
     # The counts are a step's and not a layer's: together they would be put together anew in every layer.
     scalars = layer[None], window[None], jnp.stack([batch.num_decodes, batch.num_items])
-    decoded = attention.decode(q, kv, scalars, batch, sinks)
+    decoded = attention.decode(q, kv, scalars, batch, sinks, staged)
     if batch.item_sequence.shape[0] == 0:
         return decoded
-    out = attention.chunks(q, kv, scalars, batch, sinks)
+    out = attention.chunks(q, kv, scalars, batch, sinks, staged)
     is_decode = (jnp.arange(sequences) < batch.num_decodes)[:, None, None]
     return out.at[:sequences].set(jnp.where(is_decode, decoded, out[:sequences]))
 
@@ -50,26 +50,27 @@ class _Attention:
     """What is static: sizes, scale, soft cap. Inside a kernel q is `[rows * heads, head_dim]` and the cache
     `[layers * pages * page_size * 2 * kv_heads, head_dim]`, so that an element lies at (one row number, one column)."""
 
-    def __init__(self, q, kv, batch, scale, softcap, sinks, interpret):
+    def __init__(self, q, kv, batch, scale, softcap, sinks, staged, interpret):
         self.rows, self.heads, self.head_dim = q.shape
         _, self.pages, self.page_size, kv_heads_2, _ = kv.shape
         self.kv_heads = kv_heads_2 // 2
         self.group = self.heads // self.kv_heads
         self.width = max(TENSOR_CORE_ROWS, pl.next_power_of_2(self.head_dim))
         self.sequences, self.table_pages = batch.block_tables.shape
-        self.scale, self.softcap, self.has_sinks = scale, softcap, sinks is not None
+        self.scale, self.softcap = scale, softcap
+        self.has_sinks, self.has_staged = sinks is not None, staged is not None
         self.interpret = interpret
         self.dtype = kv.dtype if q.dtype == kv.dtype else jnp.float32
         self.out_dtype = q.dtype
         self.blocks: GpuBlocks = gpu_blocks(self.width, jnp.dtype(self.dtype).itemsize)
 
-    def decode(self, q, kv, scalars, batch, sinks):
+    def decode(self, q, kv, scalars, batch, sinks, staged):
         table_tokens = self.table_pages * self.page_size
         splits = decode_splits(self.sequences, self.kv_heads, pl.cdiv(table_tokens, self.blocks.keys))
         places, shape = self.sequences * self.heads, (self.sequences, self.heads, self.head_dim)
         kernel = functools.partial(self._decode_kernel, splits)
         grid, inputs = (self.sequences, self.kv_heads, splits), (*scalars, batch.block_tables, batch.kv_lens)
-        inputs += self._arrays(q, kv, sinks)
+        inputs += self._arrays(q, kv, sinks, staged)
         if splits == 1:
             (out,) = self._call(kernel, grid, [jax.ShapeDtypeStruct((places, self.head_dim), self.out_dtype)])(*inputs)
             return out.reshape(shape)
@@ -81,13 +82,13 @@ class _Attention:
         out = (share * out.reshape(splits, places, -1)).sum(0) / jnp.maximum((share * total).sum(0), 1e-30)
         return out.reshape(shape).astype(self.out_dtype)
 
-    def chunks(self, q, kv, scalars, batch, sinks):
+    def chunks(self, q, kv, scalars, batch, sinks, staged):
         group = pl.next_power_of_2(self.group)
         queries = max(TENSOR_CORE_ROWS, min(self.blocks.queries, QUERY_BLOCK * group))
         rows = max(1, queries // group)
         # Given as an input that the output replaces: rows of no work item are zeros.
         zeros = jnp.zeros((self.rows * self.heads, self.head_dim), self.out_dtype)
-        inputs = (*scalars, batch.block_tables, batch.kv_lens, *self._arrays(q, kv, sinks))
+        inputs = (*scalars, batch.block_tables, batch.kv_lens, *self._arrays(q, kv, sinks, staged))
         inputs += (batch.query_starts, batch.item_sequence, batch.item_row, zeros)
         (out,) = self._call(
             functools.partial(self._chunk_kernel, rows, group),
@@ -97,9 +98,10 @@ class _Attention:
         )(*inputs)
         return out.reshape(q.shape)
 
-    def _arrays(self, q, kv, sinks):
+    def _arrays(self, q, kv, sinks, staged):
         sinks = jnp.zeros(1, jnp.float32) if sinks is None else sinks.astype(jnp.float32)
-        return q.reshape(-1, self.head_dim), kv.reshape(-1, self.head_dim), sinks
+        more = () if staged is None else (staged.reshape(-1, self.head_dim),)
+        return q.reshape(-1, self.head_dim), kv.reshape(-1, self.head_dim), sinks, *more
 
     def _call(self, kernel, grid, out_shape, **more):
         params = triton.CompilerParams(num_warps=self.blocks.num_warps, num_stages=self.blocks.num_stages)
@@ -107,7 +109,8 @@ class _Attention:
             kernel, grid=grid, out_shape=out_shape, interpret=self.interpret, compiler_params=params, **more
         )
 
-    def _decode_kernel(self, splits, layer, window, counts, tables, lens, q, kv, sinks, out, *statistics):
+    def _decode_kernel(self, splits, layer, window, counts, tables, lens, q, kv, sinks, *refs):
+        kv, (out, *statistics) = self._pages(kv, refs)
         sequence, kv_head, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
         layer, window, num_decodes = layer[0], window[0], counts[0]
         member = jnp.arange(max(TENSOR_CORE_ROWS, pl.next_power_of_2(self.group)))
@@ -146,12 +149,9 @@ class _Attention:
         q,
         kv,
         sinks,
-        query_starts,
-        sequences,
-        item_rows,
-        zeros,
-        out,
+        *refs,
     ):
+        kv, (query_starts, sequences, item_rows, zeros, out) = self._pages(kv, refs)
         del zeros  # the same memory as out
         item, kv_head, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
         layer, window, num_items = layer[0], window[0], counts[1]
@@ -175,6 +175,10 @@ class _Attention:
         )  # fmt: skip
         result = result / jnp.maximum(total, 1e-30)[:, None]
         self._store(out, jnp.where(real, place, self.rows * self.heads), result, real)
+
+    def _pages(self, kv, refs):
+        """The cache and the staged pages, if there are any, and the other references."""
+        return ((kv, refs[0]), refs[1:]) if self.has_staged else ((kv, None), refs)
 
     def _start(self, sinks, head, real, here):
         """Largest score and sum of weights before the first key."""
@@ -205,9 +209,8 @@ class _Attention:
             token = i * keys + jnp.arange(keys)
             written = token < length
             page = triton.load(tables.at[sequence, jax.lax.div(token, page_size)], mask=written, other=0)
-            slot = (layer * self.pages + page) * self.page_size + jax.lax.rem(token, page_size)
-            place = slot * (2 * self.kv_heads) + 2 * kv_head
-            scores = _product(query, self._load(kv, place, written), 1) * self.scale
+            keys_and_values = self._placed(kv, layer, page, jax.lax.rem(token, page_size), kv_head, written)
+            scores = _product(query, keys_and_values(0), 1) * self.scale
             if self.softcap is not None:
                 scores = self.softcap * jnp.tanh(scores / self.softcap)
             visible = (token[None, :] <= position[:, None]) & (token[None, :] > position[:, None] - window)
@@ -215,12 +218,31 @@ class _Attention:
             higher = jnp.maximum(top, scores.max(1))
             weights = jnp.where(visible, jnp.exp(scores - higher[:, None]), 0.0)
             scaled = jnp.exp(top - higher)
-            values = self._load(kv, place + 1, written)
+            values = keys_and_values(1)
             out = out * scaled[:, None] + _product(weights.astype(self.dtype), values, 0)
             return higher, total * scaled + weights.sum(1), out
 
         carry = (*start, jnp.zeros(query.shape, jnp.float32))
         return jax.lax.fori_loop(first, end, block, carry)
+
+    def _placed(self, pages, layer, page, offset, kv_head, written):
+        """What loads the keys (0) or the values (1) of tokens, given by page and place in it."""
+        kv, staged = pages
+
+        def place(page):
+            return (page * self.page_size + offset) * (2 * self.kv_heads) + 2 * kv_head
+
+        if staged is None:
+            here = place(layer * self.pages + page)
+            return lambda which: self._load(kv, here + which, written)
+        cached = page < self.pages
+        here, there = place(layer * self.pages + page), place(page - self.pages)
+
+        def load(which):
+            ours = self._load(kv, here + which, written & cached)
+            return jnp.where(cached[:, None], ours, self._load(staged, there + which, written & ~cached))
+
+        return load
 
 
 def _product(a, b, contracted):

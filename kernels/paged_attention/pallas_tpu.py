@@ -34,10 +34,11 @@ def refuses(q, kv, batch) -> str:
     return tpu_memory(q, kv, batch).refuses()
 
 
-def paged_attention(q, kv, layer, batch, *, scale, window, softcap=None, sinks=None, interpret=False):
+def paged_attention(q, kv, layer, batch, *, scale, window, softcap=None, sinks=None, staged=None, interpret=False):
     sequences = batch.kv_lens.shape[0]
     scalars = jnp.stack([layer, window, batch.num_decodes, batch.num_items])
-    attention = _Attention(q, kv, batch, scale, softcap, sinks is not None, interpret)
+    attention = _Attention(q, kv, batch, scale, softcap, sinks is not None, staged is not None, interpret)
+    kv = (kv,) if staged is None else (kv, staged)
     decoded = attention.decode(q, kv, scalars, batch, sinks)
     if batch.item_sequence.shape[0] == 0:
         return decoded
@@ -49,7 +50,7 @@ def paged_attention(q, kv, layer, batch, *, scale, window, softcap=None, sinks=N
 class _Attention:
     """What is static: sizes, scale, soft cap."""
 
-    def __init__(self, q, kv, batch, scale, softcap, has_sinks, interpret):
+    def __init__(self, q, kv, batch, scale, softcap, has_sinks, has_staged, interpret):
         self.rows, self.heads, self.head_dim = q.shape
         self.page_size, self.kv_heads = kv.shape[2], kv.shape[3] // 2
         self.group = self.heads // self.kv_heads
@@ -57,7 +58,7 @@ class _Attention:
         self.pages = tpu_pages(self.page_size, self.table_pages)
         self.keys = self.pages * self.page_size
         self.scale, self.softcap, self.has_sinks, self.interpret = scale, softcap, has_sinks, interpret
-        self.dtype = kv.dtype
+        self.dtype, self.cached, self.has_staged = kv.dtype, kv.shape[1], has_staged
 
     def decode(self, q, kv, scalars, batch, sinks):
         padded = pl.cdiv(self.group, SUBLANES) * SUBLANES
@@ -117,7 +118,7 @@ class _Attention:
 
     def _call(self, kernel, steps, scalars, inputs, specs, kv, out_shape, out_spec, queries, more_scratch=(), **more):
         scratch = (
-            pltpu.VMEM((2, self.pages, *kv.shape[2:]), kv.dtype),
+            pltpu.VMEM((2, self.pages, *kv[0].shape[2:]), self.dtype),
             pltpu.SemaphoreType.DMA((2,)),
             pltpu.SMEM((1,), jnp.int32),
             pltpu.VMEM((self.kv_heads, queries, LANES), jnp.float32),
@@ -129,7 +130,7 @@ class _Attention:
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=len(scalars),
                 grid=(steps,),
-                in_specs=[*specs, pl.BlockSpec(memory_space=pl.ANY)],
+                in_specs=[*specs, *[pl.BlockSpec(memory_space=pl.ANY)] * len(kv)],
                 out_specs=out_spec,
                 scratch_shapes=[*scratch, *more_scratch],
             ),
@@ -139,10 +140,11 @@ class _Attention:
             interpret=self.interpret,
             **more,
         )
-        return call(*scalars, *inputs, kv)
+        return call(*scalars, *inputs, *kv)
 
     def _decode_kernel(self, scalars, tables, lens, query, *refs):
-        sinks, (kv, out, *scratch) = (refs[0], refs[1:]) if self.has_sinks else (None, refs)
+        sinks, refs = (refs[0], refs[1:]) if self.has_sinks else (None, refs)
+        kv, (out, *scratch) = self._pages(refs)
         n, count = pl.program_id(0), scalars[2]
 
         def span(n):
@@ -163,7 +165,8 @@ class _Attention:
 
     def _chunk_kernel(self, scalars, tables, lens, starts, sequences, item_rows, zeros, query, *refs):
         del zeros  # the same memory as out
-        sinks, (kv, out, *scratch) = (refs[0], refs[1:]) if self.has_sinks else (None, refs)
+        sinks, refs = (refs[0], refs[1:]) if self.has_sinks else (None, refs)
+        kv, (out, *scratch) = self._pages(refs)
         *scratch, rows, gathered, semaphore = scratch
         *_, total, result = scratch
         n, count = pl.program_id(0), scalars[3]
@@ -206,6 +209,10 @@ class _Attention:
                 rows[:, head, :] = result[group, part, :] / jnp.maximum(total[group, part, :][:, :1], 1e-30)
             move(False)
 
+    def _pages(self, refs):
+        """The cache and the staged pages, if there are any, and the other references."""
+        return ((refs[0], refs[1]), refs[2:]) if self.has_staged else ((refs[0], None), refs[1:])
+
     def _attend(
         self, n, count, span, position, scalars, tables, query, sinks, kv, buffers, semaphores, slot, top, total, out
     ):
@@ -221,7 +228,20 @@ class _Attention:
         def copies(act, sequence, length, block, slot):
             def page(j, _):
                 page = tables[sequence * self.table_pages + block * self.pages + j]
-                act(pltpu.make_async_copy(kv.at[scalars[0], page], buffers.at[slot, j], semaphores.at[slot]))
+                to = (buffers.at[slot, j], semaphores.at[slot])
+                cache, staged = kv
+                if staged is None:
+                    act(pltpu.make_async_copy(cache.at[scalars[0], page], *to))
+                    return _
+
+                @pl.when(page < self.cached)
+                def cached():
+                    act(pltpu.make_async_copy(cache.at[scalars[0], page], *to))
+
+                @pl.when(page >= self.cached)
+                def fetched():
+                    act(pltpu.make_async_copy(staged.at[page - self.cached], *to))
+
                 return _
 
             written = pl.cdiv(length, self.page_size) - block * self.pages

@@ -5,13 +5,14 @@ import jax.numpy as jnp
 _MASKED = -1e30
 
 
-def paged_attention(q, kv, layer, batch, *, scale, window, softcap=None, sinks=None):
+def paged_attention(q, kv, layer, batch, *, scale, window, softcap=None, sinks=None, staged=None):
     rows, heads, head_dim = q.shape
     page_size, kv_heads = kv.shape[2], kv.shape[3] // 2
     row = jnp.arange(rows)
     owner = jnp.clip(jnp.searchsorted(batch.query_starts, row, side="right") - 1, 0, batch.kv_lens.shape[0] - 1)
     position = batch.kv_lens[owner] - (batch.query_starts[owner + 1] - row)
-    cached = kv[layer][batch.block_tables]  # [S, P, page_size, 2 * KV, hd]
+    pages = kv[layer] if staged is None else jnp.concatenate([kv[layer], staged])
+    cached = pages[batch.block_tables]  # [S, P, page_size, 2 * KV, hd]
     cached = cached.reshape(cached.shape[0], -1, kv_heads, 2, head_dim)
     keys, values = (jnp.repeat(cached[..., i, :], heads // kv_heads, axis=2)[owner] for i in (0, 1))
     scores = jnp.einsum("rhd,rthd->rht", q, keys, preferred_element_type=jnp.float32) * scale

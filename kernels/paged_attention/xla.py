@@ -6,8 +6,11 @@ QUERY_BLOCK rows of one sequence, each with a loop over the key blocks it can se
 context, and context length is no shape, so nothing is compiled again when contexts grow.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from kernels.paged_attention.ragged import QUERY_BLOCK
 
@@ -17,18 +20,43 @@ _MASKED = -1e30
 KEY_BLOCK = 128
 
 
-def paged_attention(q, kv, layer, batch, *, scale, window, softcap=None, sinks=None):
+def paged_attention(q, kv, layer, batch, *, scale, window, softcap=None, sinks=None, staged=None):
     sequences = batch.kv_lens.shape[0]
-    decoded = _decode(q[:sequences], kv, layer, batch, scale, window, softcap, sinks)
+    pages = _Pages(kv, layer, staged)
+    decoded = _decode(q[:sequences], pages, batch, scale, window, softcap, sinks)
     if batch.item_sequence.shape[0] == 0:
         return decoded
-    out = _chunks(q, kv, layer, batch, scale, window, softcap, sinks)
+    out = _chunks(q, pages, batch, scale, window, softcap, sinks)
     is_decode = (jnp.arange(sequences) < batch.num_decodes)[:, None, None]
     return out.at[:sequences].set(jnp.where(is_decode, decoded, out[:sequences]))
 
 
-def _pages_per_block(kv, batch):
-    return max(1, min(KEY_BLOCK // kv.shape[2], batch.block_tables.shape[1]))
+class _Pages(NamedTuple):
+    """The pages of a layer: those of the cache, and behind them those that were fetched for it, if any."""
+
+    kv: Array
+    layer: Array
+    staged: Array | None
+
+    @property
+    def page_size(self) -> int:
+        return self.kv.shape[2]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.kv.shape[3] // 2
+
+    def take(self, table):
+        """`[*table, page_size, 2 * kv_heads, head_dim]`."""
+        if self.staged is None:
+            return self.kv[self.layer, table]
+        pages = self.kv.shape[1]
+        there = (table >= pages)[..., None, None, None]
+        return jnp.where(there, self.staged[jnp.maximum(table - pages, 0)], self.kv[self.layer, table])
+
+
+def _pages_per_block(pages, batch):
+    return max(1, min(KEY_BLOCK // pages.page_size, batch.block_tables.shape[1]))
 
 
 def _padded_tables(batch, pages):
@@ -63,11 +91,11 @@ def _start(shape, sinks):
     return top, total, jnp.zeros(shape, jnp.float32)
 
 
-def _decode(q, kv, layer, batch, scale, window, softcap, sinks):
+def _decode(q, cache, batch, scale, window, softcap, sinks):
     sequences, heads, head_dim = q.shape
-    kv_heads = kv.shape[3] // 2
-    pages = _pages_per_block(kv, batch)
-    tokens = pages * kv.shape[2]
+    kv_heads = cache.kv_heads
+    pages = _pages_per_block(cache, batch)
+    tokens = pages * cache.page_size
     tables = _padded_tables(batch, pages)
     length = jnp.where(jnp.arange(sequences) < batch.num_decodes, batch.kv_lens, 0)
     grouped = (q * scale).reshape(sequences, kv_heads, heads // kv_heads, head_dim)
@@ -75,7 +103,7 @@ def _decode(q, kv, layer, batch, scale, window, softcap, sinks):
     def block(i, carry):
         top, total, out = carry
         table = jax.lax.dynamic_slice_in_dim(tables, i * pages, pages, axis=1)
-        keys, values = _split(kv[layer, table], kv_heads)  # [S, tokens, KV, hd]
+        keys, values = _split(cache.take(table), kv_heads)  # [S, tokens, KV, hd]
         scores = jnp.einsum("skgd,stkd->skgt", grouped, keys, preferred_element_type=jnp.float32)
         scores = _capped(scores, softcap)
         token = i * tokens + jnp.arange(tokens)
@@ -97,12 +125,12 @@ def _decode(q, kv, layer, batch, scale, window, softcap, sinks):
     return (out / jnp.maximum(total, 1e-30)[..., None]).reshape(q.shape).astype(q.dtype)
 
 
-def _chunks(q, kv, layer, batch, scale, window, softcap, sinks):
+def _chunks(q, cache, batch, scale, window, softcap, sinks):
     rows, heads, head_dim = q.shape
-    kv_heads = kv.shape[3] // 2
+    kv_heads = cache.kv_heads
     group = heads // kv_heads
-    pages = _pages_per_block(kv, batch)
-    tokens = pages * kv.shape[2]
+    pages = _pages_per_block(cache, batch)
+    tokens = pages * cache.page_size
     tables = _padded_tables(batch, pages)
     # An item may start near the end: room for a whole block of rows behind the last one.
     padded = jnp.pad(q * scale, ((0, QUERY_BLOCK), (0, 0), (0, 0)))
@@ -120,7 +148,7 @@ def _chunks(q, kv, layer, batch, scale, window, softcap, sinks):
         def block(i, carry):
             top, total, out = carry
             table = jax.lax.dynamic_slice(tables, (sequence, i * pages), (1, pages))[0]
-            keys, values = _split(kv[layer, table], kv_heads)  # [tokens, KV, hd]
+            keys, values = _split(cache.take(table), kv_heads)  # [tokens, KV, hd]
             scores = jnp.einsum("kqd,tkd->kqt", query, keys, preferred_element_type=jnp.float32)
             scores = _capped(scores, softcap)
             token = i * tokens + jnp.arange(tokens)

@@ -77,8 +77,17 @@ def exact(q, kv, tables, total, new, window, softcap=None, sinks=None):
 
 
 attention = jax.jit(
-    lambda q, kv, layer, described, window, name, softcap=None, sinks=None: paged_attention(
-        q, kv, layer, described, scale=0.3, window=window, softcap=softcap, sinks=sinks, implementation=name
+    lambda q, kv, layer, described, window, name, softcap=None, sinks=None, staged_pages=None: paged_attention(
+        q,
+        kv,
+        layer,
+        described,
+        scale=0.3,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        staged_pages=staged_pages,
+        implementation=name,
     ),
     static_argnums=(5, 6),
 )
@@ -161,3 +170,40 @@ def test_the_compiled_form_gives_a_query_the_same_bits_in_every_batch(dtype, sof
     whole = run(0, length)
     for first, end in [(0, 64), (10, 90), (63, 65), (64, 128), (149, 150), (5, 6), (70, 71), (100, 150)]:
         np.testing.assert_array_equal(run(first, end), whole[first:end])
+
+
+def staged(rng, tables, kv, layer, share=0.5):
+    """Some pages of a layer moved from the cache: tables, a cache with rubbish in their place, and those."""
+    pages = kv.shape[1]
+    moved = rng.permutation(pages)[: int(share * pages)]
+    where = np.arange(pages)
+    where[moved] = pages + np.arange(len(moved))
+    spoilt = np.array(kv)
+    spoilt[layer, moved] = np.nan
+    return jnp.asarray(where[np.asarray(tables)], jnp.int32), jnp.asarray(spoilt), kv[layer, moved]
+
+
+@pytest.mark.parametrize("case, dtype", [(0, jnp.float32), (2, jnp.float32), (2, jnp.bfloat16)])
+def test_staged_pages_give_the_same_bits(case, dtype):
+    rng = np.random.default_rng(case)
+    decodes, chunks = CASES[case]
+    rows = SEQUENCES if not chunks else 256
+    tables, described, n, *_ = batch(rng, decodes, chunks, rows)
+    kv = jnp.asarray(rng.normal(size=(2, PAGES + 1, PAGE, 2 * KV_HEADS, HEAD_DIM)), dtype)
+    q = jnp.asarray(rng.normal(size=(rows, KV_HEADS * 2, HEAD_DIM)), dtype)
+    tables, spoilt, pages = staged(rng, tables, kv, 1)
+    elsewhere = described._replace(block_tables=tables)
+    for name in FORMS:
+        cache = jnp.nan_to_num(spoilt) if name == "ref" else spoilt  # it multiplies by zero what nobody sees
+        wanted = attention(q, kv, 1, described, 64, name)
+        found = attention(q, cache, 1, elsewhere, 64, name, None, None, pages)
+        np.testing.assert_array_equal(np.asarray(found)[:n], np.asarray(wanted)[:n], err_msg=name)
+
+
+def test_staged_pages_that_do_not_fit_are_refused():
+    _, described, *_ = batch(np.random.default_rng(0), [1], [], SEQUENCES)
+    q, kv = jnp.ones((SEQUENCES, 4, HEAD_DIM)), jnp.ones((1, PAGES + 1, PAGE, 2 * KV_HEADS, HEAD_DIM))
+    with pytest.raises(ValueError, match=r"staged_pages: found float32 \(4, 4, 32\) a page"):
+        paged_attention(q, kv, 0, described, scale=1.0, staged_pages=jnp.ones((3, PAGE, 2 * KV_HEADS, 32)))
+    none = paged_attention(q, kv, 0, described, scale=1.0, staged_pages=kv[0, :0], implementation="xla")
+    np.testing.assert_array_equal(none, paged_attention(q, kv, 0, described, scale=1.0, implementation="xla"))

@@ -95,6 +95,27 @@ def test_interpret_runs_a_decode_step_alone():
     np.testing.assert_allclose(found[:n], wanted[:n], atol=2e-6)
 
 
+@pytest.mark.parametrize("form, config", [("gpu", CONFIGS[0]), ("tpu", CONFIGS[0])])
+def test_staged_pages_give_the_same_bits(form, config):
+    rng = np.random.default_rng(2)
+    (q, kv, layer, described), sinks, n, _ = example(rng, config, [17, 64], [(63, 97)])
+    pages = kv.shape[1]
+    moved = rng.permutation(pages)[: pages // 2]
+    where = np.arange(pages)
+    where[moved] = pages + np.arange(len(moved))
+    spoilt, staged = kv.at[:, moved].set(jnp.nan), kv[1, moved]
+    tables = jnp.asarray(where[np.asarray(described.block_tables)], jnp.int32)
+    run = jax.jit(
+        lambda kv, tables, staged: FORMS[form](
+            q, kv, layer, described._replace(block_tables=tables), scale=0.1, window=jnp.int32(2**30), softcap=None,
+            sinks=sinks, staged=staged, interpret=True,
+        ),
+        compiler_options={"xla_backend_optimization_level": 0},
+    )  # fmt: skip
+    found, wanted = run(spoilt, tables, staged), run(kv, described.block_tables, None)
+    np.testing.assert_array_equal(np.asarray(found, np.float32)[:n], np.asarray(wanted, np.float32)[:n])
+
+
 def shapes(head_dim, dtype, *, rows=512, sequences=16, heads=8, kv_heads=2, page_size=16, table_pages=64):
     """Shapes of q, the cache and a batch."""
     integers = [(sequences, table_pages), (sequences,), (sequences + 1,), ()]
@@ -119,6 +140,18 @@ def test_lowers_for_accelerators(device, dtype, head_dim):
     text = lowered_text(function, q, kv, described, sinks, device=device)
     assert text.count(TRITON) == (2 if device in GPUS else 0)
     assert text.count(TPU) == (2 if device in TPUS and head_dim % LANES == 0 else 0)
+
+
+@pytest.mark.parametrize("device", [*GPUS, *TPUS])
+def test_lowers_for_accelerators_with_staged_pages(device):
+    q, kv, described = shapes(128, jnp.bfloat16)
+    staged = jax.ShapeDtypeStruct((24, *kv.shape[2:]), kv.dtype)
+
+    def function(q, kv, described, staged):
+        return paged_attention(q, kv, 1, described, scale=0.1, staged_pages=staged)
+
+    text = lowered_text(function, q, kv, described, staged, device=device)
+    assert text.count(TRITON if device in GPUS else TPU) == 2
 
 
 @pytest.mark.parametrize("name", ["pallas_gpu", "pallas_tpu"])

@@ -20,6 +20,8 @@ class PagePool:
 
     Attributes:
       on_evicted: told of the pages that the tree has lost, on the thread that freed them.
+      shortages: how often a sequence found too few pages, to start or to go on.
+      withheld: free pages that no new sequence may take.
     """
 
     def __init__(self, size: int):
@@ -28,12 +30,18 @@ class PagePool:
         self._owner = bytearray(size)
         self.tree = 0
         self.private = 0
+        self.shortages = self.withheld = 0
         self.on_evicted: Callable[[Sequence[int]], None] | None = None
 
     @property
     def free(self) -> int:
         """Pages nobody owns."""
         return len(self._free)
+
+    @property
+    def overdrawn(self) -> int:
+        """Pages that running sequences are to give up before anything else is planned."""
+        return 0
 
     def allocate(self, count: int) -> list[int]:
         """Takes `count` free pages as private ones. Raises IndexError when there are fewer."""
