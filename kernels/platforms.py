@@ -2,7 +2,7 @@
 
 `implementation_for` turns the `implementation=` argument of an operation into the name of a form. The platform is that
 of the program being traced: the device of an enclosing abstract mesh (compiling for a machine that is not there), else
-the default backend.
+that of an enclosing `jax.default_device`, else the default backend.
 """
 
 import importlib
@@ -64,8 +64,10 @@ def pallas_module(package: str, form: str) -> tuple[Any, bool]:
 
 def platform() -> str:
     """ "cpu", "gpu" or "tpu" (or another backend's name): what the program being traced is for."""
-    device = _abstract_device()
-    return device.platform if device is not None else jax.default_backend()
+    device = _abstract_device() or jax.config.jax_default_device
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform
 
 
 def why_not(form: str) -> str:

@@ -23,7 +23,7 @@ from jaxstack.models.attention import FULL_WINDOW, Attend, LayerContext
 from jaxstack.models.decoder_config import DecoderConfig, Segment
 from jaxstack.models.linear import AdapterStack, Linear
 from jaxstack.models.moe import Moe, RouterSums
-from jaxstack.models.rope import rotate, rotation
+from jaxstack.models.rope import RopeConfig, rotate, rotation
 from jaxstack.runtime.errors import UserError
 from kernels.matmul import PackedWeight, StackedWeight
 from kernels.rms_norm import rms_norm
@@ -192,20 +192,62 @@ class Decoder(nnx.Module):
         return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
+def rotation_kinds(config: DecoderConfig) -> list[int]:
+    """Which of `rotation_tables` each layer uses."""
+    last = len(_ropes(config)) - 1
+    return [last if window is not None else 0 for window in config.layer_windows]
+
+
+def rotation_tables(
+    config: DecoderConfig, positions: Int[Array, "... T"]
+) -> list[tuple[Float[Array, "... T half"], Float[Array, "... T half"]]]:
+    """cos and sin of every kind of rotation that the layers use: one kind, or that of layers with a window too."""
+    return [rotation(positions, rope, config.head_dim) for rope in _ropes(config)]
+
+
+def _ropes(config: DecoderConfig) -> list[RopeConfig]:
+    kinds = [config.rope]
+    if config.local_rope is not None and config.local_rope != config.rope:
+        kinds.append(config.local_rope)
+    return kinds
+
+
 def _rotations(config: DecoderConfig, positions: Int[Array, "... T"]) -> tuple[Callable, Int[Array, "L"]]:
     """A function from a kind of rotation to cos and sin, and every layer's kind.
 
     They are computed here once for all layers; where there are two kinds, a layer picks its own.
     """
-    kinds = [config.rope]
-    if config.local_rope is not None and config.local_rope != config.rope:
-        kinds.append(config.local_rope)
-    tables = [rotation(positions, rope, config.head_dim) for rope in kinds]
-    local = [len(kinds) - 1 if window is not None else 0 for window in config.layer_windows]
-    if len(kinds) == 1:
-        return lambda _: tables[0], jnp.array(local, jnp.int32)
+    tables = rotation_tables(config, positions)
+    local = jnp.array(rotation_kinds(config), jnp.int32)
+    if len(tables) == 1:
+        return lambda _: tables[0], local
     cos, sin = (jnp.stack(both) for both in zip(*tables))
-    return lambda kind: (cos[kind], sin[kind]), jnp.array(local, jnp.int32)
+    return lambda kind: (cos[kind], sin[kind]), local
+
+
+def layer_at(
+    layers: "DecoderLayer", index: Int[Array, ""], within_kind: Int[Array, ""], *, sparse: bool
+) -> "DecoderLayer":
+    """One layer of the stack, for a program that is told at run time which one; nothing large is copied.
+
+    Args:
+      index: its number from 0.
+      within_kind: how many layers before it have what it has, an MLP or experts (`sparse`).
+    """
+    if layers.mlp is not None and layers.moe is not None:  # take the other kind's part away, from a copy
+        layers = nnx.merge(*nnx.split(layers))
+        setattr(layers, "mlp" if sparse else "moe", nnx.data(None))
+    graphdef, state = nnx.split(layers)
+
+    def one(path: tuple, leaf: Any) -> Any:
+        at, value = within_kind if path[0] in ("mlp", "moe") else index, leaf.get_value()
+        if isinstance(value, PackedWeight | StackedWeight | AdapterStack):
+            return leaf.replace(value.at_layer(at))
+        return leaf.replace(jax.lax.dynamic_index_in_dim(value, at, keepdims=False))
+
+    return nnx.merge(
+        graphdef, nnx.from_flat_state([(path, one(path, leaf)) for path, leaf in nnx.to_flat_state(state)])
+    )
 
 
 def _per_layer(layers: "DecoderLayer", segment: Segment, config: DecoderConfig):
@@ -315,14 +357,45 @@ class DecoderLayer(nnx.Module):
         counted: Bool[Array, "... T"] | None,
     ) -> tuple[Float[Array, "... T D"], Any, RouterSums | None]:
         """The layer, and what its router did with the tokens that are `counted`, if it has one."""
-        out, cache = self.self_attn(self.input_layernorm(x), cos, sin, attend, layer, cache, adapter_ids)
+        q, k, v = self.before_attention(x, cos, sin, adapter_ids)
+        out, cache = attend(q, k, v, layer, cache)
+        x, sums = self.after_attention(x, out, adapter_ids, lambda h: self._feed_forward(h, adapter_ids, counted))
+        return x, cache, sums
+
+    def before_attention(
+        self,
+        x: Float[Array, "... T D"],
+        cos: Float[Array, "... T half"],
+        sin: Float[Array, "... T half"],
+        adapter_ids: Int[Array, "... T"] | None,
+    ) -> tuple[Float[Array, "... T H hd"], Float[Array, "... T KV hd"], Float[Array, "... T KV hd"]]:
+        """The first part of a layer: what `attend` is given, rotated."""
+        return self.self_attn.project(self.input_layernorm(x), cos, sin, adapter_ids)
+
+    def after_attention(
+        self,
+        x: Float[Array, "... T D"],
+        out: Float[Array, "... T H hd"],
+        adapter_ids: Int[Array, "... T"] | None,
+        feed_forward: Callable[[Float[Array, "... T D"]], tuple[Float[Array, "... T D"], Any]] | None = None,
+    ) -> tuple[Float[Array, "... T D"], Any]:
+        """The last part of a layer, and what `feed_forward` returns besides.
+
+        Args:
+          x: as the layer was given it.
+          out: what `attend` returned.
+          feed_forward: what stands for the layer's own MLP or experts, which then need not be there.
+        """
+        if feed_forward is None:
+            feed_forward = lambda h: self._feed_forward(h, adapter_ids, None)  # noqa: E731
+        out = self.self_attn.join(out, adapter_ids)
         if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
             x = x + out
-            out, sums = self._feed_forward(self.post_attention_layernorm(x), adapter_ids, counted)
-            return x + out, cache, sums
+            out, rest = feed_forward(self.post_attention_layernorm(x))
+            return x + out, rest
         x = x + self.post_attention_layernorm(out)
-        out, sums = self._feed_forward(self.pre_feedforward_layernorm(x), adapter_ids, counted)
-        return x + self.post_feedforward_layernorm(out), cache, sums
+        out, rest = feed_forward(self.pre_feedforward_layernorm(x))
+        return x + self.post_feedforward_layernorm(out), rest
 
     def _feed_forward(
         self, x: Float[Array, "... D"], adapter_ids: Int[Array, "..."] | None, counted: Bool[Array, "..."] | None
@@ -372,7 +445,7 @@ class LayerNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Projections to heads, optional clipping and head norms, rotation, `attend`, and the projection back.
+    """Projections to heads, optional clipping and head norms, rotation; and, after `attend`, the projection back.
 
     Holds `q_proj`, `k_proj`, `v_proj`; or, in a serving decoder, one `qkv_proj` with their kernels side by side and the
     three None.
@@ -392,16 +465,14 @@ class Attention(nnx.Module):
         self.clip = config.qkv_clip
         self.o_proj = make(queries, config.hidden_size, use_bias=config.attention_out_bias)
 
-    def __call__(
+    def project(
         self,
         x: Float[Array, "... T D"],
         cos: Float[Array, "... T half"],
         sin: Float[Array, "... T half"],
-        attend: Attend,
-        layer: LayerContext,
-        cache: Any,
         adapter_ids: Int[Array, "... T"] | None,
-    ) -> tuple[Float[Array, "... T D"], Any]:
+    ) -> tuple[Float[Array, "... T H hd"], Float[Array, "... T KV hd"], Float[Array, "... T KV hd"]]:
+        """Queries, keys and values, rotated."""
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         flat = _projected(
             x, self.qkv_proj, (self.q_proj, self.k_proj, self.v_proj), [n * self.head_dim for n in heads], adapter_ids
@@ -411,8 +482,11 @@ class Attention(nnx.Module):
         q, k, v = (part.reshape(*x.shape[:-1], n, self.head_dim) for part, n in zip(flat, heads))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        out, cache = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, layer, cache)
-        return self.o_proj(out.reshape(*x.shape[:-1], self.num_heads * self.head_dim), adapter_ids), cache
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def join(self, out: Float[Array, "... T H hd"], adapter_ids: Int[Array, "... T"] | None) -> Float[Array, "... T D"]:
+        """The heads' results projected back."""
+        return self.o_proj(out.reshape(*out.shape[:-2], self.num_heads * self.head_dim), adapter_ids)
 
 
 class MLP(nnx.Module):

@@ -66,7 +66,8 @@ class Experts(nnx.Module):
 class Moe(nnx.Module):
     """`sum_e weight_e down_e(activation(gate_e(x)) * up_e(x))` over the chosen experts.
 
-    Holds `gate_proj` and `up_proj`; or, in a serving decoder, one `gate_up_proj` with both side by side.
+    Holds `gate_proj` and `up_proj`; or, in a serving decoder, one `gate_up_proj` with both side by side; or only the
+    router, where the experts are kept elsewhere (`jaxstack.models.paged_experts`).
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype):
@@ -81,7 +82,7 @@ class Moe(nnx.Module):
         self.gate_proj: Experts | None = nnx.data(Experts(config, config.moe, inner, rngs, param_dtype))
         self.up_proj: Experts | None = nnx.data(Experts(config, config.moe, inner, rngs, param_dtype))
         self.gate_up_proj: Experts | None = nnx.data(None)
-        self.down_proj = Experts(config, config.moe, inner[::-1], rngs, param_dtype)
+        self.down_proj: Experts | None = nnx.data(Experts(config, config.moe, inner[::-1], rngs, param_dtype))
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         return self.routed(x, None)[0]
@@ -103,6 +104,7 @@ class Moe(nnx.Module):
             gate, up = jnp.split(self.gate_up_proj(sorted_rows, sizes), 2, axis=-1)
         elif self.gate_proj is not None and self.up_proj is not None:
             gate, up = self.gate_proj(sorted_rows, sizes), self.up_proj(sorted_rows, sizes)
+        assert self.down_proj is not None
         out = self.down_proj(ACTIVATIONS[self.activation](gate) * up, sizes)
 
         # Gathered back rather than added in place: a row's sum then has the same order whatever the other rows do.

@@ -57,7 +57,8 @@ def fuse_for_serving(decoder: Decoder, *, pack: bool, dtype: DTypeLike = jnp.flo
         arrange(mlp.gate_up_proj, dtype)
         arrange(mlp.down_proj, dtype)
     if moe is not None:
-        _stack_experts(moe, dtype)
+        if moe.down_proj is not None:  # they may be kept elsewhere, in pages
+            _stack_experts(moe, dtype)
         if pack:
             _pack_kernel(moe.router, dtype)
     if pack:

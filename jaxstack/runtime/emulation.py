@@ -83,7 +83,8 @@ class ByteLedger:
                     f"{space}: {what} needs {size_bytes} bytes, found {budget - held.total()} of {budget} free; "
                     f"held by {most}"
                 )
-            held[what] += size_bytes
+            if size_bytes:
+                held[what] += size_bytes
             self._peak[space] = max(self._peak[space], total)
 
     def give(self, space: str, size_bytes: int, what: str) -> None:

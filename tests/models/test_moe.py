@@ -121,8 +121,9 @@ def layer_by_layer(decoder, scores=None):
         nnx.update(layer, nnx.from_flat_state(cut))
         context = LayerContext(jnp.int32(i), jnp.int32(FULL_WINDOW))
         if scores is not None and kind == "moe":
-            out, _ = layer.self_attn(layer.input_layernorm(x), cos, sin, dense_attention(), context, None, None)
-            scores.append(layer.post_attention_layernorm(x + out) @ layer.moe.router.kernel.get_value())
+            out, _ = dense_attention()(*layer.before_attention(x, cos, sin, None), context, None)
+            between = x + layer.self_attn.join(out, None)
+            scores.append(layer.post_attention_layernorm(between) @ layer.moe.router.kernel.get_value())
         x, _ = layer(x, cos, sin, dense_attention(), context, None, None)
     return decoder.logits(decoder.final_norm(x))
 
