@@ -19,6 +19,7 @@ from launch import job
 PAPERS: Mapping[str, str] = {
     "dlpm": "launch.papers.dlpm",
     "longcot": "launch.papers.longcot",
+    "moe_lightning": "launch.papers.moe_lightning",
 }
 """Name of a paper -> the module that reproduces it: it defines its flags when imported, and has `run(workdir)`."""
 

@@ -250,13 +250,14 @@ class _Case:
         fits = low <= high
         if not fits.any():
             return None
-        mu, n, low, high = mu[fits], n[fits], low[fits], high[fits]
-        needs = tuple(  # type: ignore[assignment]
-            LinearBytes(*(np.broadcast_to(part, fits.shape)[fits] for part in (each.fixed, each.weights, each.kv)))
-            for each in needs
-        )
+        mu, n, low, high, needs = _only(fits, mu, n, low, high, needs)
         weights = high
         if self.attention_on_device or not self.ffn_on_device:
+            if self.ffn_on_device:
+                # Were there room for all of KV beside the most weights: most cuts are worse even so.
+                attained = np.maximum(self._rates(mu, n, high, needs), self._rates(mu, n, low, needs)).max()
+                hopeful = self._rates(mu, n, high, needs, kv=np.ones_like(high)) >= attained
+                mu, n, low, high, needs = _only(hopeful, mu, n, low, high, needs)
             weights = self._convex_minimum(mu, n, low, high, needs)
         rates = self._rates(mu, n, weights, needs)
         place = int(np.argmax(rates))
@@ -279,9 +280,17 @@ class _Case:
             policy = dataclasses.replace(policy, look_ahead=ahead)
         return float(rates[place]), policy
 
-    def _rates(self, mu: Any, n: Any, weights: Any, needs: tuple[LinearBytes, LinearBytes]) -> np.ndarray:
-        """Tokens/s of each cut."""
-        shares = {"weight_resident": weights, "kv_resident": self._kv_share(weights, needs)}
+    def _rates(
+        self,
+        mu: Any,
+        n: Any,
+        weights: Any,
+        needs: tuple[LinearBytes, LinearBytes],
+        *,
+        kv: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Tokens/s of each cut; with as much KV on the device as fits, unless told."""
+        shares = {"weight_resident": weights, "kv_resident": self._kv_share(weights, needs) if kv is None else kv}
         seconds = hrm.layer_terms(
             self.machine,
             self.model,
@@ -318,6 +327,18 @@ class _Case:
             better = other > rate * (1 + 1e-12)
             best, rate = np.where(better, candidate, best), np.where(better, other, rate)
         return best
+
+
+def _only(
+    chosen: np.ndarray, mu: np.ndarray, n: np.ndarray, low: np.ndarray, high: np.ndarray, needs: Any
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[LinearBytes, LinearBytes]]:
+    """The chosen ones of all cuts."""
+
+    def cut(each: LinearBytes) -> LinearBytes:
+        parts = (each.fixed, each.weights, each.kv)
+        return LinearBytes(*(np.broadcast_to(part, chosen.shape)[chosen] for part in parts))
+
+    return mu[chosen], n[chosen], low[chosen], high[chosen], (cut(needs[0]), cut(needs[1]))
 
 
 _WORDS = {

@@ -148,23 +148,30 @@ class _Weights:
         self._ring = self.pages + shape.spare_pages
         self._seconds = times.weights / self.pages if self.pages else 0.0
         self.slots = {f"page/{n}": Slot("device", -(-size_bytes // self.pages)) for n in range(self._ring)}
+        n, early = shape.micro_batches, min(self.pages, shape.spare_pages)
+        # All micro-batches get as many, or one more.
+        self._gaps: list[list[int]] = [[] for _ in range(n)]
+        for page in range(early):
+            self._gaps[page * n // early].append(page)
+        self._held: tuple[int, tuple[Held, ...]] = (-1, ())
 
     def held(self, turn: int) -> tuple[Held, ...]:
         """The pages of a turn's layer, where they are."""
-        layer = turn % self._shape.layers
-        return tuple(
-            Held(f"page/{(turn * self.pages + page) % self._ring}", ("weights", layer, page))
-            for page in range(self.pages)
-        )
+        if self._held[0] != turn:
+            layer = turn % self._shape.layers
+            self._held = turn, tuple(self._place(turn, layer, page) for page in range(self.pages))
+        return self._held[1]
+
+    def _place(self, turn: int, layer: int, page: int) -> Held:
+        return Held(f"page/{(turn * self.pages + page) % self._ring}", ("weights", layer, page))
 
     def ids(self, turn: int) -> tuple[TaskId, ...]:
         step, layer = divmod(turn, self._shape.layers)
         return tuple(TaskId("W", step, layer, page) for page in range(self.pages))
 
     def gap(self, turn: int, index: int) -> list[Task]:
-        """The pages of the NEXT turn's layer that go at micro-batch `index`: all gaps get as many, or one more."""
-        n, early = self._shape.micro_batches, min(self.pages, self._shape.spare_pages)
-        return [self._task(turn + 1, p, turn, index) for p in range(early) if p * n // early == index]
+        """The pages of the NEXT turn's layer that go at micro-batch `index`."""
+        return [self._task(turn + 1, page, turn, index) for page in self._gaps[index]]
 
     def late(self, turn: int) -> list[Task]:
         """Those of them that find no free slot before the turn is over."""
@@ -177,17 +184,18 @@ class _Weights:
 
     def _task(self, turn: int, page: int, pace_turn: int | None, pace_index: int) -> Task:
         layers, last = self._shape.layers, self._shape.micro_batches - 1
+        step, layer = divmod(turn, layers)
         number = turn * self.pages + page
         needs: tuple[TaskId, ...] = ()
         if number >= self._ring:
             needs = (TaskId("C", *divmod((number - self._ring) // self.pages, layers), last),)
         pace = None if pace_turn is None else TaskId("C", *divmod(pace_turn, layers), pace_index)
         return Task(
-            self.ids(turn)[page],
+            TaskId("W", step, layer, page),
             TO_DEVICE,
             self._seconds,
             needs,
-            writes=(self.held(turn)[page],),
+            writes=(self._place(turn, layer, page),),
             paced_by=pace,
             urgency=1,
         )

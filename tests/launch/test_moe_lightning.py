@@ -1,0 +1,38 @@
+"""The study of MoE-Lightning, a few settings of it: the report, the plots, and going on where it was."""
+
+import json
+
+import pytest
+
+from jaxstack.runtime.errors import UserError
+from launch.offload_study import published
+from launch.papers.moe_lightning import run_study
+
+
+def test_a_study_says_everything_and_goes_on_where_it_was(tmp_path):
+    summary = run_study(tmp_path, settings=2, tables=False)
+    for name in ("s1_over_s2", "s1_over_s3", "s1_over_s4"):
+        assert summary[name] >= summary[f"{name}_min"] > 1.35
+    assert summary["hrm_vs_authors"] >= 1 and summary["hrm_vs_authors_executed"] >= summary["hrm_vs_authors"]
+    assert summary["ours_over_s1"] >= summary["ours_over_s1_fractional"] > 1
+    assert summary["measured"] is None and len(summary["tables"]["schedules"]) == 2
+    assert summary["accepted"] == all(gate["met"] for gate in summary["acceptance"])
+    for name in ("report.md", "timeline.png", "roofline.png", "schedules.png", "summary.json"):
+        assert (tmp_path / name).stat().st_size > 1000
+    assert json.loads((tmp_path / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    (tmp_path / "parts" / "ablation.json").unlink()
+    times = {part: part.stat().st_mtime_ns for part in (tmp_path / "parts").iterdir()}
+    again = run_study(tmp_path, settings=2, tables=False)
+    assert {**again, "wall_s": 0} == {**summary, "wall_s": 0}
+    assert all(part.stat().st_mtime_ns == then for part, then in times.items())
+    with pytest.raises(UserError, match=r"found a study with other settings \(settings\)"):
+        run_study(tmp_path, settings=3, tables=False)
+
+
+def test_the_published_settings_fit_their_machines():
+    settings = published.mtbench_settings()
+    assert len(settings) == 8 and len(published.padded_settings()) == 5
+    assert all(0 <= each.policy.weight_resident < 1 / 8 for each in settings)
+    assert all(each.executed.policy.weight_resident == 0 for each in settings)
+    # The share that the artifact prints.
+    assert settings[0].policy.weight_resident == pytest.approx(0.0559, abs=1e-4)
