@@ -16,6 +16,7 @@ from jaxstack.engine.memory.schedule_build import (
     SlotBytes,
     TaskTimes,
     build_s1,
+    build_s4_paged,
     build_s4_synced,
 )
 from jaxstack.engine.memory.schedule_sim import simulate
@@ -184,6 +185,15 @@ def test_s1_attains_its_period_with_look_ahead_by_the_rule(dispatch):
         shape = ScheduleShape(layers, n, 12, look_ahead=laws.s1_look_ahead(times, n))
         period = simulate(build_s1(shape, times), dispatch).period
         assert period == pytest.approx(float(laws.s1_period(times, n)), rel=1e-9)
+
+
+def test_s4_with_paged_weights_attains_its_period():
+    rng = random.Random(11)
+    for _ in range(30):
+        n, times = rng.randint(1, 10), random_times(rng)
+        times = dataclasses.replace(times, weights=times.weights * n / 8)
+        period = simulate(build_s4_paged(ScheduleShape(rng.randint(4, 7), n, 8), times)).period
+        assert period == pytest.approx(float(laws.s4_paged_period(times, n)), rel=1e-9)
 
 
 def test_less_look_ahead_than_the_rule_says_is_slower_where_the_host_is():

@@ -27,15 +27,21 @@ def s1_terms(times: TaskTimes, micro_batches: Number) -> dict[str, Number]:
 
 
 def s4_paged_terms(times: TaskTimes, micro_batches: Number) -> dict[str, Number]:
-    """The same with attention on the device, KV loaded for each micro-batch and the weights in pages between."""
+    """The same with attention on the device, KV loaded for each micro-batch and the weights in pages between.
+
+    There is no chain: what a micro-batch loads waits for nothing but a slot.
+    """
     n = micro_batches
-    compute = times.before + times.attention + times.after
     return {
         "to_device": times.weights + n * times.load_kv,
-        "device": n * compute,
+        "device": n * (times.before + times.attention + times.after),
         "to_host": n * times.store_kv,
-        "chain": (times.load_kv + times.before + times.attention + times.after + times.store_kv),
     }
+
+
+def s4_paged_period(times: TaskTimes, micro_batches: Number) -> Number:
+    """The period of S4 with paged weights: exact where a step has four micro-batches in all layers, or more."""
+    return np.maximum.reduce(np.broadcast_arrays(*s4_paged_terms(times, micro_batches).values()))
 
 
 def chain(times: TaskTimes) -> Number:
