@@ -47,6 +47,42 @@ def attention_row() -> dict[str, float]:
     }
 
 
+PLANS = (
+    ("gh200", "llama3_8b", 17),
+    ("gh200", "llama3_8b", 20),
+    ("gh200", "llama3_8b", 24),
+    ("h100_pcie", "llama3_8b", 20),
+    ("gh200", "mixtral_8x7b", 60),
+    ("h100_pcie", "mixtral_8x7b", 60),
+)
+"""Machine, model, GB of device memory."""
+
+
+def plans() -> dict[str, dict[str, Any]]:
+    """Weights or KV: with attention on the device both may be streamed, and one search decides how much of each.
+
+    Streaming KV is what Pie does, streaming weights what MoE-Lightning does. A byte of device memory saves
+    about as much traffic by either; weights a little more, since room for KV is kept for the longest context.
+    """
+    rows = {}
+    for machine_name, model, device_gb in PLANS:
+        machine = PROFILES[machine_name].with_memory(device_bytes=device_gb * 10**9)
+        limits = Limits(attention_on_device=(True,), ffn_on_device=(True,))
+        found = search(machine, MODELS[model], Workload(256, 256), objective="decode", limits=limits)
+        name = f"{machine_name} with {device_gb} GB, {model}"
+        if found.policy is None or found.prediction is None:
+            rows[name] = {"reason": found.reason}
+            continue
+        rows[name] = {
+            "policy": f"{found.policy.micro_batch} x {found.policy.n_micro_batches}",
+            "weights_streamed": 1 - found.policy.weight_resident,
+            "kv_streamed": 1 - found.policy.kv_resident,
+            "tokens_per_s": found.prediction.decode_tokens_per_s,
+            "reason": found.reason,
+        }
+    return rows
+
+
 def placement(link_gb: float, host_scale: int) -> dict[str, Any]:
     """A point of figure 10: two A100, Mixtral 8x7B, prompts of 512; the host so many times the base, memory and all."""
     base = PROFILES["a100_80gb"].with_devices(2)

@@ -61,6 +61,7 @@ def summarise(parts: Parts) -> dict[str, Any]:
         "placement": _under(parts, "placement-"),
         "roofline": parts["roofline"],
         "refill": parts["refill"],
+        "plans": parts["plans"],
     }
     summary["acceptance"] = _gates(summary, measured)
     return {**summary, "accepted": all(gate["met"] for gate in summary["acceptance"])}
@@ -138,6 +139,16 @@ def text(summary: Mapping[str, Any]) -> str:
     lines += [
         f"- {name}: {value:.1f} ({published.ATTENTION_MS[name]:g})" for name, value in tables["attention_ms"].items()
     ]
+    lines += ["", "## Weights or KV: one search over both, attention on the device", ""]
+    lines += ["| machine, model | mu x n | MLPs streamed | KV streamed | tokens/s | why |", "|---|---|---|---|---|---|"]
+    for name, row in tables["plans"].items():
+        if "policy" not in row:
+            lines.append(f"| {name} | none | | | | {row['reason']} |")
+            continue
+        lines.append(
+            f"| {name} | {row['policy']} | {row['weights_streamed']:.0%} | {row['kv_streamed']:.0%} "
+            f"| {row['tokens_per_s']:,.0f} | {row['reason']} |"
+        )
     refill = tables["refill"]
     lines += [
         "",

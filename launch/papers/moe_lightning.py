@@ -61,6 +61,7 @@ def work(settings: int, tables: bool) -> dict[str, Callable[[], dict[str, Any]]]
             todo[f"policies-{every[place].name}"] = _later(simulated.compare_policies, every[place])
     todo["roofline"] = _later(policies.roofline_points, PROFILES["l4"])
     todo["attention"] = policies.attention_row
+    todo["plans"] = policies.plans
     todo["ablation"] = simulated.ablation
     todo["helm"] = simulated.helm_rows
     todo["refill"] = simulated.refill_row

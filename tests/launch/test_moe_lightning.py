@@ -16,6 +16,9 @@ def test_a_study_says_everything_and_goes_on_where_it_was(tmp_path):
     assert summary["hrm_vs_authors"] >= 1 and summary["hrm_vs_authors_executed"] >= summary["hrm_vs_authors"]
     assert summary["ours_over_s1"] >= summary["ours_over_s1_fractional"] > 1
     assert summary["measured"] is None and len(summary["tables"]["schedules"]) == 2
+    plans = summary["tables"]["plans"].values()
+    assert any(0 < plan["kv_streamed"] < 1 and plan["weights_streamed"] == 0 for plan in plans)
+    assert any(plan["weights_streamed"] > 0.5 for plan in plans)
     assert summary["accepted"] == all(gate["met"] for gate in summary["acceptance"])
     for name in ("report.md", "timeline.png", "roofline.png", "schedules.png", "summary.json"):
         assert (tmp_path / name).stat().st_size > 1000

@@ -69,9 +69,10 @@ MODELS: Mapping[str, Model] = {
         Model("mixtral_8x7b", 32, 4096, 14336, 32, 8, 8, 2),
         Model("mixtral_8x22b", 56, 6144, 16384, 48, 8, 8, 2),
         Model("dbrx", 40, 6144, 10752, 48, 8, 16, 4),
+        Model("llama3_8b", 32, 4096, 14336, 32, 8),
     )
 }
-"""The models of the paper by name."""
+"""Models by name: those of the paper, and a dense one."""
 
 
 @dataclasses.dataclass(frozen=True)
