@@ -64,7 +64,7 @@ def plans() -> dict[str, dict[str, Any]]:
     Streaming KV is what Pie does, streaming weights what MoE-Lightning does. A byte of device memory saves
     about as much traffic by either; weights a little more, since room for KV is kept for the longest context.
     """
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for machine_name, model, device_gb in PLANS:
         machine = PROFILES[machine_name].with_memory(device_bytes=device_gb * 10**9)
         limits = Limits(attention_on_device=(True,), ffn_on_device=(True,))
