@@ -20,6 +20,7 @@ PAPERS: Mapping[str, str] = {
     "dlpm": "launch.papers.dlpm",
     "longcot": "launch.papers.longcot",
     "moe_lightning": "launch.papers.moe_lightning",
+    "pie": "launch.papers.pie",
 }
 """Name of a paper -> the module that reproduces it: it defines its flags when imported, and has `run(workdir)`."""
 

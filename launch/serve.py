@@ -12,11 +12,13 @@ Then, for instance:
 """
 
 import contextlib
+import sys
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
+from jaxstack.engine.memory.swap import SwapConfig
 from jaxstack.runtime.errors import UserError
 from jaxstack.serving import ServerConfig, serve
 from jaxstack.serving.http_server import listen
@@ -44,6 +46,12 @@ _TIMEOUT = flags.DEFINE_float("request_timeout_s", None, "longest time for one a
 _POOLING: Any = flags.DEFINE_enum(
     "pooling", _SERVER.pooling, ["last", "mean"], "what an embedding is made of: the last token or the mean over all"
 )
+_HOST_GB = flags.DEFINE_float(
+    "kv_host_gb", 0.0, "host memory for keys and values beyond the device's, streamed past the layers; 0 is off"
+)
+_HOST_SHARE = flags.DEFINE_string(
+    "kv_host_share", "auto", "share of keys and values on the host: a number from 0 to 0.97, or auto: what hides"
+)
 _TRACE = flags.DEFINE_string("record_trace", None, "file for a trace of the requests, without text (launch.replay)")
 flags.adopt_module_key_flags(engine_flags)
 
@@ -68,6 +76,26 @@ def _api_keys(file: str | None) -> dict[str, str]:
     return keys
 
 
+def _swap() -> SwapConfig | None:
+    """Whether, and how, keys and values are swapped."""
+    if _HOST_GB.value < 0:
+        raise job.BadUsage(f"--kv_host_gb: found {_HOST_GB.value}, expected a number >= 0")
+    share: float | None = None
+    if _HOST_SHARE.value != "auto":
+        try:
+            share = float(_HOST_SHARE.value)
+        except ValueError:
+            raise job.BadUsage(f"--kv_host_share: found {_HOST_SHARE.value!r}, expected auto or a number") from None
+    if not _HOST_GB.value:
+        if share is not None:
+            raise job.BadUsage("--kv_host_share: found a number, expected --kv_host_gb > 0 with it")
+        return None
+    try:
+        return SwapConfig(host_bytes=int(_HOST_GB.value * 1e9), adaptive=share is None, host_share=share)
+    except UserError as error:
+        raise job.BadUsage(f"--kv_host_share: {error}") from None
+
+
 def run() -> dict[str, Any]:
     folder = engine_flags.model_folder()
     config = ServerConfig(
@@ -86,10 +114,12 @@ def run() -> dict[str, Any]:
         tool_parser=engine_flags.TOOLS.value,
         reasoning_parser=engine_flags.REASONING.value,
     )
-    settings = engine_flags.engine_config()
+    settings = engine_flags.engine_config(kv_swap=_swap())
     # The address first: loading takes a while, and a port in use should be known before.
     with contextlib.closing(listen(config)) as listener:
         engine = engine_flags.load_engine(folder, settings)
+        for note in engine.notes:
+            print(note, file=sys.stderr, flush=True)
 
         def on_ready(url: str) -> None:
             print(f"serving {config.model_name} at {url}/v1", flush=True)

@@ -9,6 +9,7 @@ import psutil
 from jax.sharding import Mesh
 
 from jaxstack.engine.batch import BatchShape
+from jaxstack.engine.memory.swap.config import SwapConfig
 from jaxstack.engine.scheduling import Policy, policy_named
 from jaxstack.models.decoder import DecoderConfig
 from jaxstack.models.tensor_parallel import cached_kv_heads, check_mesh
@@ -57,6 +58,8 @@ class EngineConfig:
         same; where they repeat themselves or their prompts, they take fewer steps.
       speculation_rows: guess only while a step, guesses included, has at most so many rows; by default 4 on CPU, where
         they cost what one does, and 64 elsewhere.
+      kv_swap: keep part of the KV cache in the host's memory, streamed past the layers in every step; `num_pages` is
+        then what all of it may take of the device, streaming included. None: everything on the device.
       overlap: start a step before the results of the one before have been read; False takes one after the other.
       seed: of the generator that gives seeds to requests without one.
     """
@@ -80,6 +83,7 @@ class EngineConfig:
     batch_invariant: bool = False
     speculation: int = 0
     speculation_rows: int | None = None
+    kv_swap: SwapConfig | None = None
     overlap: bool = True
     seed: int = 0
 

@@ -7,6 +7,7 @@ pipeline (`pipeline.py`): plan, pack, launch the compiled step, and turn drawn t
 """
 
 import asyncio
+import dataclasses
 import functools
 import itertools
 import random
@@ -31,6 +32,7 @@ from jaxstack.engine.errors import EngineDead, QueueFull
 from jaxstack.engine.guided import GrammarCompiler
 from jaxstack.engine.invariance import prove
 from jaxstack.engine.listeners import Feed
+from jaxstack.engine.memory.swap import Rates
 from jaxstack.engine.observer import Observer
 from jaxstack.engine.pipeline import Pipeline
 from jaxstack.engine.pooling import Pooled, Pooling
@@ -51,6 +53,9 @@ from jaxstack.engine.runner import Runner
 from jaxstack.engine.scheduler import Scheduler
 from jaxstack.engine.scheduling import FairnessReading, Policy
 from jaxstack.engine.stats import EngineStats, reading
+from jaxstack.engine.swap_movers import EmulatedMachine
+from jaxstack.engine.swap_start import start_swapping
+from jaxstack.engine.swapping_runner import SwappingRunner
 from jaxstack.engine.weights import served_dtype, serving_form
 from jaxstack.models.checkpoint import load_decoder
 from jaxstack.models.decoder import Decoder
@@ -66,6 +71,11 @@ class Engine:
       decoder: the model. Its weights are taken over: do not use it afterwards.
       tokenizer: None for token ids in and out only.
       policy: the scheduling policy; by default what `config` says.
+      emulate, rates: with `config.kv_swap`, the times of a machine that is not there, and what a machine does, by which
+        it is decided whether to swap; None measures this one.
+
+    Attributes:
+      notes: lines for whoever starts the engine, about what it has decided.
 
     Raises:
       UserError: settings that do not fit the model or the machine.
@@ -78,6 +88,8 @@ class Engine:
         config: EngineConfig | None = None,
         *,
         policy: Policy | None = None,
+        emulate: EmulatedMachine | None = None,
+        rates: Rates | None = None,
     ):
         self.config = config = config or EngineConfig()
         self.tokenizer = tokenizer
@@ -93,22 +105,42 @@ class Engine:
         decoder = serving_form(decoder, config, self._mesh, dtype)
         self._adapters = AdapterRegistry(config.max_adapters)
         chosen = sizes(config, model, dtype.itemsize)
+        self.notes: list[str] = []
+        swapping = None
+        if config.kv_swap is not None:
+            swapping = start_swapping(decoder, config, config.kv_swap, chosen, dtype, rates)
+            self.notes.append(swapping.line)
+            if swapping.plan is not None:
+                config_with = dataclasses.replace(config, num_pages=swapping.plan.pages)
+                chosen = sizes(config_with, model, dtype.itemsize)
         self.max_model_len = chosen.max_model_len
         decoder.config = model.for_context(chosen.max_model_len)
         self.vocab_size = min(model.vocab_size, tokenizer.vocab_size) if tokenizer else model.vocab_size
         self.policy = policy or config.scheduling_policy()
-        self.runner = Runner(
-            decoder,
-            chosen.shapes,
-            num_pages=chosen.num_pages,
-            page_size=config.page_size,
-            slots=config.max_sequences,
-            max_length=chosen.max_model_len,
-            vocab_size=self.vocab_size,
-            dtype=dtype,
-            adapter_rank=config.max_adapter_rank,
-            mesh=self._mesh,
-        )
+        options: dict[str, Any] = {
+            "page_size": config.page_size,
+            "slots": config.max_sequences,
+            "max_length": chosen.max_model_len,
+            "vocab_size": self.vocab_size,
+            "dtype": dtype,
+            "adapter_rank": config.max_adapter_rank,
+            "mesh": self._mesh,
+        }
+        self.runner: Runner
+        if swapping is None or swapping.plan is None:
+            self.runner = Runner(decoder, chosen.shapes, num_pages=chosen.num_pages, **options)
+        else:
+            assert config.kv_swap is not None
+            self.runner = SwappingRunner(
+                decoder,
+                chosen.shapes,
+                plan=swapping.plan,
+                swap=config.kv_swap,
+                kv_device_bytes=swapping.kv_device_bytes,
+                controller=swapping.controller,
+                emulate=emulate,
+                **options,
+            )
         eos = frozenset(model.eos_token_ids) | frozenset(tokenizer.eos_token_ids if tokenizer else ())
         self._grammars = GrammarCompiler(tokenizer, eos, model.vocab_size)
         self._prompts = PromptChecker(
@@ -128,6 +160,7 @@ class Engine:
         )
         self._random = random.Random(config.seed)
         self._order = itertools.count()
+        self._repeated: set[str] = set()  # requests computed anew after a failure, which a second one would end
         self._proved = False
         self._driver = Driver(
             turn=self._turn,
@@ -507,6 +540,7 @@ class Engine:
             speculation=self.config.speculation,
             speculation_rows=self.config.speculation_rows or (4 if jax.default_backend() == "cpu" else 64),
             reserve=self.config.reserve_pages,
+            pool=self.runner.new_pool(num_pages),
         )
 
     def _room(self) -> bool:
@@ -524,14 +558,22 @@ class Engine:
             self._answers.end_request(request_id, reason)
 
     def _recover(self) -> None:
-        """A step raised: its requests end, those waiting stay, and memory starts afresh (the cache was donated)."""
+        """A step raised: its requests end, those waiting stay, and memory starts afresh (the cache was donated). If it
+        was pages that could not be copied, they are computed anew, once.
+        """
         old = self.scheduler
-        for request_id in {s.request.request_id for s in old.running}:
+        again = [s for s in old.running if self.runner.lost_pages and self._may_repeat(s)]
+        self._repeated.update(s.request.request_id for s in again)
+        for request_id in {s.request.request_id for s in old.running if s not in again}:
             self._answers.end_request(request_id, "error")
         fresh = self._new_scheduler(old.pool.size)
-        fresh.take_over(old)
+        fresh.take_over(old, again)
         self._pipeline.discard(fresh)
         self.runner.reset_cache()
+
+    def _may_repeat(self, sequence: Sequence) -> bool:
+        request = sequence.request
+        return request.request_id not in self._repeated and request.pooled is None and request.scores is None
 
     def _enter(self, request: Request) -> None:
         for observer in self.observers:
@@ -545,5 +587,7 @@ class Engine:
         if request.unfinished == 1:
             for observer in self.observers:
                 observer.on_leave(request, self._answers.live[request.request_id], self._pipeline.place)
+        if request.unfinished == 1:
+            self._repeated.discard(request.request_id)
         if request.adapter is not None and request.unfinished == 1:
             self._adapters.release(request.adapter)

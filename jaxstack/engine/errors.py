@@ -17,3 +17,7 @@ class UnknownAdapter(UserError):
 
 class EngineDead(RuntimeError):
     """The step thread has ended; nothing more will be answered."""
+
+
+class TransferFailed(RuntimeError):
+    """A copy of pages between host and device failed or got stuck; what they held has to be computed anew."""

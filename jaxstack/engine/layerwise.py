@@ -125,17 +125,21 @@ class Layerwise:
         v: Float[Array, "rows KV hd"],
         *,
         cache_layer: Int[Array, ""] | None = None,
+        staged_pages: Float[Array, "staged page_size kv_heads_2 hd"] | None = None,
         implementation: Implementation | None = None,
     ) -> tuple[Float[Array, "rows H hd"], Float[Array, "layers pages page_size kv_heads_2 hd"]]:
         """What the queries find, and the cache with the new keys and values in it. Needs no weights: donate the cache.
 
         Args:
           cache_layer: where the layer is in `cache`; None for its own number.
+          staged_pages: more pages of this layer, as `kernels.paged_attention` has it.
           implementation: of `kernels.paged_attention`.
         """
         f = cut(ints, shape.int_fields)
         batch = ragged(f["block_tables"], f["kv_lens"], f["query_starts"], f["num_decodes"], rows=shape.rows)
         options: dict[str, Any] = {"scale": self.config.attention_scale, "implementation": implementation}
+        if staged_pages is not None:
+            options["staged_pages"] = staged_pages
         if self.config.attention_softcap is not None:
             options["softcap"] = self.config.attention_softcap
         at = layer.index if cache_layer is None else cache_layer

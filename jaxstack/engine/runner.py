@@ -29,6 +29,8 @@ from tqdm import tqdm
 
 from jaxstack.engine.batch import BatchShape, HostBatch, cut, size
 from jaxstack.engine.draws import HostDraws, no_draws
+from jaxstack.engine.memory import PagePool
+from jaxstack.engine.memory.swap.reading import SwapReading
 from jaxstack.engine.placement import Placement
 from jaxstack.engine.request import MAX_LOGPROBS, TokenLogprob
 from jaxstack.engine.sampler import Sampler
@@ -131,6 +133,7 @@ class Runner:
         self._scorers: dict[BatchShape, Callable] = {}
         self._nothing_given: dict[BatchShape, Array] = {}
         self.watch = CompileWatch()
+        self.lost_pages = False  # whether the last step failed because pages could not be copied
 
     @property
     def cache_bytes(self) -> int:
@@ -149,6 +152,10 @@ class Runner:
     def recompilations(self) -> int:
         """Programs compiled by turns, which come after the warm-up. Zero is the promise."""
         return self.watch.count
+
+    def swap_reading(self) -> SwapReading | None:
+        """What swapping does; None without."""
+        return None
 
     def warm_up(self, progress: bool = True, stopped: Callable[[], bool] = lambda: False) -> None:
         """Compiles every shape and runs it once, so that the first request meets no surprise.
@@ -184,7 +191,7 @@ class Runner:
         if not shape.decode:
             nothing = np.zeros((shape.rows, self.config.hidden_size), np.float32)
             given = self._nothing_given[shape] = self._placement.put(nothing)
-        self._cache, logits, hidden = step(self._weights, self._cache, ints, self.sampler.last_token, given)
+        logits, hidden = self._forward_once(shape, step, ints, given)
         if scorer is not None:
             self._scorers[shape] = scorer
             scorer(self._weights, hidden, np.full(shape.rows, -1, np.int32))
@@ -192,6 +199,10 @@ class Runner:
             draws = dataclasses.replace(no_draws(shape.samples, self.sampler.scrap_slot), kind=kind)
             jax.block_until_ready(self.sampler.draw(logits, draws))
         self._steps[shape] = step
+
+    def _forward_once(self, shape: BatchShape, step: Callable, ints: np.ndarray, given: Array | None):
+        self._cache, logits, hidden = step(self._weights, self._cache, ints, self.sampler.last_token, given)
+        return logits, hidden
 
     def compile(self, shape: BatchShape):
         """The compiled forward pass of one shape (`jax.stages.Compiled`): weights, cache, ints, last tokens, given
@@ -282,6 +293,10 @@ class Runner:
             write = jax.jit(write_slot, donate_argnums=(0,), out_shardings=kept)
             self._write_adapter = write.lower(stacks, place.struct((), jnp.int32), contents).compile()
         return self._write_adapter
+
+    def new_pool(self, num_pages: int) -> PagePool:
+        """A page pool for the cache, all pages free."""
+        return PagePool(num_pages)
 
     def reset_cache(self) -> None:
         """A new empty cache, for when a failed step has consumed the old one."""

@@ -3,6 +3,7 @@
 import dataclasses
 
 from jaxstack.engine.answers import Answers
+from jaxstack.engine.memory.swap.reading import SwapReading
 from jaxstack.engine.pipeline import Pipeline
 from jaxstack.engine.runner import Runner
 
@@ -23,6 +24,7 @@ class EngineStats:
       step_rows, step_padding: token rows computed for somebody, and for nobody.
       iteration_tokens: how many steps computed exactly so many tokens.
       recompilations: programs compiled by turns, after the warm-up; zero is the promise.
+      swap: of keys and values on the host; None without.
     """
 
     running: int
@@ -50,6 +52,7 @@ class EngineStats:
     warm: bool
     warm_progress: float
     alive: bool
+    swap: SwapReading | None = None
 
 
 def reading(pipeline: Pipeline, answers: Answers, runner: Runner, *, posted: int, alive: bool) -> EngineStats:
@@ -87,4 +90,5 @@ def reading(pipeline: Pipeline, answers: Answers, runner: Runner, *, posted: int
         warm=runner.warm,
         warm_progress=runner.warm_fraction,
         alive=alive,
+        swap=runner.swap_reading(),
     )

@@ -20,6 +20,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from jaxstack.engine import Engine, RequestTiming
+from jaxstack.engine.memory.swap.reading import SwapReading
 from jaxstack.serving.fairness import of_clients
 
 # vLLM's bucket bounds.
@@ -176,9 +177,28 @@ class Metrics(Collector):
         for state in ("free", "tree", "private"):
             pages.add_metric([self._model_name, state], getattr(stats, f"pages_{state}"))
         yield pages
+        if stats.swap is not None:
+            yield from self._swapping(stats.swap)
         yield from self._fairness()
         for histogram in self._histograms:
             yield histogram.family(self._model_name)
+
+    def _swapping(self, swap: SwapReading) -> Iterator[Metric]:
+        """Keys and values on the host."""
+        gauge, counter = self._gauge, self._counter
+        pages = GaugeMetricFamily("jaxstack:kv_pages", "Pages by where they are.", labels=["model_name", "space"])
+        moved = CounterMetricFamily("jaxstack:swap_bytes", "Keys and values moved.", labels=["model_name", "direction"])
+        labels = ["model_name", "decision"]
+        decisions = CounterMetricFamily("jaxstack:swap_decision", "Decisions on the host's share.", labels=labels)
+        for family, values in ((pages, swap.pages), (moved, swap.bytes), (decisions, swap.decisions)):
+            for name, value in values.items():
+                family.add_metric([self._model_name, name], value)
+            yield family
+        yield counter("jaxstack:swap_stall_seconds", "Time that steps waited for pages.", swap.stall_s)
+        yield counter("jaxstack:swap_compute_seconds", "Time that the same steps computed.", swap.compute_s)
+        yield gauge("jaxstack:swap_host_share", "Share of keys and values to keep on the host.", swap.share)
+        yield gauge("jaxstack:swap_link_bytes_per_s", "Host to device, as known.", swap.link_bytes_per_s)
+        yield gauge("jaxstack:swap_device_peak_bytes", "Most that keys and values have taken.", swap.device_peak_bytes)
 
     def _fairness(self) -> Iterator[Metric]:
         """How even the service of clients is, and what each has had. A bound that does not exist is left out."""

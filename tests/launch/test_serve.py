@@ -59,6 +59,29 @@ def test_serving_a_folder_until_a_signal(folder: Path) -> None:
         assert "Traceback" not in errors and "compiling" in errors
 
 
+def test_serving_with_pages_on_the_host(folder: Path) -> None:
+    flags = ["--max_sequences=2", "--max_batch_tokens=16", "--pages=40", "--page_size=4", "--port=0"]
+    server = run("-m", "launch.serve", f"--model={folder}", *flags, "--kv_host_gb=0.1", "--kv_host_share=0.5")
+    assert server.stdout is not None
+    url = server.stdout.readline().split()[-1]
+    for prompt in ("abcdefgh" * 3, "hgfedcba" * 3, "abcdefgh" * 3):
+        body = {"model": "tiny-model", "prompt": prompt, "max_tokens": 30, "ignore_eos": True}
+        answer = httpx.post(f"{url}/completions", json=body, timeout=60, trust_env=False)
+        assert answer.json()["usage"]["completion_tokens"] == 30
+    found = httpx.get(f"{url.removesuffix('/v1')}/metrics", trust_env=False).text
+    for space in ("device", "host", "free"):
+        assert f'jaxstack:kv_pages{{model_name="tiny-model",space="{space}"}}' in found
+    assert 'jaxstack:swap_bytes_total{direction="to_host",model_name="tiny-model"}' in found
+    assert 'jaxstack:swap_host_share{model_name="tiny-model"} 0.5' in found
+    shown = httpx.get(f"{url.removesuffix('/v1')}/page/snapshot", trust_env=False).json()
+    assert shown["swap"]["pages"]["device"] > 0 and len(shown["cells"]) == sum(shown["swap"]["pages"].values())
+    assert (shown["swap"]["pages"]["host"] > 0) == any(cell.isupper() for cell in shown["cells"])
+    server.send_signal(signal.SIGTERM)
+    _, errors = server.communicate(timeout=120)
+    assert server.returncode == 0 and "Traceback" not in errors, errors
+    assert "swapping: 160 tokens without, " in errors and "a fixed share" in errors
+
+
 # Each line of stdin is a command line; the imports, which take longest, are done once.
 DRIVER = """
 import os, sys, warnings
@@ -89,6 +112,11 @@ def test_mistakes_get_one_line_and_a_code(folder: Path, tmp_path: Path) -> None:
         f"--model={folder}\t--client_weights=a=2,b": (2, "--client_weights: found 'b', expected NAME=WEIGHT"),
         f"--model={folder}\t--api_keys={broken}": (2, "cannot be read"),
         f"--model={folder}\t--api_keys={keys}": (2, "keys:3: found the name a second time, expected NAME=KEY"),
+        f"--model={folder}\t--kv_host_gb=1\t--kv_host_share=0.98": (2, "found 0.98, expected a number from 0 to 0.97"),
+        f"--model={folder}\t--kv_host_gb=1\t--kv_host_share=half": (2, "--kv_host_share: found 'half', expected auto"),
+        f"--model={folder}\t--kv_host_share=0.5": (2, "--kv_host_share: found a number, expected --kv_host_gb > 0"),
+        f"--model={folder}\t--kv_host_gb=1000000": (1, "kv_host_gb: found 1000000.0 GB, expected at most the "),
+        f"--model={folder}\t--kv_host_gb=0.1\t--speculation=3": (1, "swapping: found speculation = 3, expected 0"),
         f"--model={folder}\tstray": (2, "unexpected argument 'stray'"),
         "--port=many": (2, "--port=many"),
         "--colour=red": (2, "colour"),

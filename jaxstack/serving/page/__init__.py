@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxstack.engine import Engine, RequestTiming
+from jaxstack.engine.memory.swap import PageSpaces
 from jaxstack.serving.config import ServerConfig
 from jaxstack.serving.fairness import of_clients
 
@@ -47,7 +48,7 @@ class LivePage:
 
     def snapshot(self) -> dict[str, Any]:
         """What the page shows, for JSON. Token counts are totals; times are seconds; `cells` has a letter a square of
-        the picture: "f"ree, "h"eld by a request, "s"hared (the prefix cache's).
+        the picture: "f"ree, "h"eld by a request, "s"hared (the prefix cache's), capital where it is on the host.
         """
         stats = self._engine.stats()
         recent = list(self._recent)
@@ -79,11 +80,20 @@ class LivePage:
                 "per_cell": stride,
                 "tokens": self._engine.config.page_size,
             },
-            "cells": "".join("fsh"[owner] for owner in itertools.islice(owners, 0, None, stride)),
+            "cells": self._cells(owners, stride),
+            "swap": None if stats.swap is None else dataclasses.asdict(stats.swap),
             "fairness": self._fairness(),
             "ttft_s": _percentiles(first),
             "tpot_s": _percentiles(between),
         }
+
+    def _cells(self, owners: bytes, stride: int) -> str:
+        letters = "".join("fsh"[owner] for owner in itertools.islice(owners, 0, None, stride))
+        pool = self._engine.scheduler.pool
+        if not isinstance(pool, PageSpaces):
+            return letters
+        spaces = pool.spaces()[::stride]
+        return "".join(cell.upper() if space == ord("h") else cell for cell, space in zip(letters, spaces))
 
     def _fairness(self) -> dict[str, Any]:
         """The policy, the certificate, and the clients with the most service."""

@@ -1,0 +1,269 @@
+"""An engine with part of its cache on the host: the same tokens as with all of it on the device, within its bytes."""
+
+import dataclasses
+import functools
+import random
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxstack.engine import Engine, EngineConfig, SamplingParams
+from jaxstack.engine.errors import TransferFailed
+from jaxstack.engine.layerwise import Layerwise
+from jaxstack.engine.memory.swap import Rates, SwapConfig
+from jaxstack.engine.swap_movers import EmulatedMachine
+from jaxstack.engine.swap_start import start_swapping
+from jaxstack.models.decoder import Decoder, DecoderConfig
+from jaxstack.runtime.errors import UserError
+from jaxstack.runtime.memory_spaces import Space, probe_spaces
+
+SETTINGS = {"max_sequences": 4, "max_batch_tokens": 16, "max_model_len": 96, "page_size": 4, "dtype": "float32"}
+
+
+def model(layers=32, **changes) -> Decoder:
+    config = {
+        "architecture": "LlamaForCausalLM",
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "num_layers": layers,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 64,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,
+    }
+    return Decoder(DecoderConfig(**{**config, **changes}), rngs=nnx.Rngs(0))
+
+
+def swapping(share, pages, layers=32, swap=None, emulate=None, changes=None, **settings) -> Engine:
+    """An engine whose cache may take the device's memory of `pages` pages."""
+    config = SwapConfig(host_bytes=1 << 30, adaptive=False, host_share=share, **(swap or {}))
+    settings = {**SETTINGS, **settings}
+    engine = Engine(
+        model(layers, **(changes or {})),
+        None,
+        EngineConfig(num_pages=pages, kv_swap=config, **settings),
+        emulate=emulate,
+    )
+    engine.warm_up(progress=False)
+    return engine
+
+
+def requests(seed=0, count=10):
+    """Mixed lengths; some begin alike."""
+    rng = random.Random(seed)
+    head = [rng.randrange(128) for _ in range(24)]
+    prompts = [
+        (head[: rng.choice([0, 9, 16, 24])] + [rng.randrange(128) for _ in range(rng.randrange(1, 40))])
+        for _ in range(count)
+    ]
+    params = [
+        SamplingParams(max_tokens=rng.randrange(4, 32), temperature=rng.choice([0.0, 0.8]), seed=i, ignore_eos=True)
+        for i in range(count)
+    ]
+    return prompts, params
+
+
+def answers(engine: Engine, seed=0, count=10):
+    prompts, params = requests(seed, count)
+    return [output.completions[0].token_ids for output in engine.generate(prompts, params)]
+
+
+@functools.cache
+def resident(layers=32, dtype="float32", seed=0, count=10, **changes):
+    """The answers of an ordinary engine with room for all."""
+    engine = Engine(model(layers, **dict(changes)), None, EngineConfig(num_pages=400, **{**SETTINGS, "dtype": dtype}))
+    try:
+        return answers(engine, seed, count)
+    finally:
+        engine.close()
+
+
+def check(engine: Engine) -> None:
+    """Within the budget, nothing compiled, everything accounted for; and with nothing running, nothing on the way."""
+    engine._pipeline.settle()
+    runner = engine.runner
+    reading = engine.stats().swap
+    assert reading.device_peak_bytes <= reading.device_budget_bytes
+    assert engine.stats().recompilations == 0
+    runner.spaces.check()
+    engine.scheduler.check_accounting()
+    assert sum(reading.pages.values()) == runner.spaces.size
+
+
+@pytest.mark.parametrize("k, pages", [(0, 40), (1, 40), (8, 38), (16, 38), (31, 56)])
+def test_tokens_are_those_of_the_resident_engine(k, pages):
+    """Mixed lengths, common beginnings, preemption; 32 layers, grouped queries."""
+    engine = swapping(k / 32, pages)
+    assert answers(engine) == resident()
+    check(engine)
+    plan, stats = engine.runner.plan, engine.stats()
+    assert plan.host_pages / plan.pages == pytest.approx(k / 32, abs=0.02)
+    assert (stats.swap.bytes["to_device"] > 0) == (stats.swap.bytes["to_host"] > 0) == (k > 0)
+    assert stats.prefix_hits > 0 and (stats.preemptions > 0) == (k < 8)  # room for more is room for more
+    engine.close()
+
+
+def test_bfloat16_and_windows():
+    engine = swapping(0.5, 44, layers=4, dtype="bfloat16")
+    assert answers(engine) == resident(4, "bfloat16")
+    check(engine)
+    everything = 2 * engine.stats().swap.bytes["to_device"]  # of twice as many bytes
+    # Pages left of the window are not streamed.
+    window = {"layer_windows": (12,) * 4}
+    engine = swapping(0.5, 44, layers=4, changes=window)
+    assert answers(engine) == resident(4, **window)
+    check(engine)
+    assert 0 < engine.stats().swap.bytes["to_device"] < everything / 2
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A live engine of 4 layers with half of its pages on the host, emulated, and slow enough that copies are under way
+    when something happens.
+    """
+    machine = EmulatedMachine(lambda kv, new: 1e-4, 2e8, 2e8)
+    engine = swapping(0.5, 44, layers=4, emulate=machine)
+    yield engine
+    engine.close()
+    engine.runner.close()
+
+
+def test_the_emulated_machine_gives_the_same_tokens(small):
+    small.runner.change_link(2e7)
+    assert answers(small) == resident(4)
+    check(small)
+    assert small.stats().swap.stall_s > 0
+    small.runner.change_link(None)
+
+
+def test_killing_requests_while_pages_move_leaks_nothing(small):
+    rng, runner = random.Random(1), small.runner
+    killed = 0
+    while killed < 1000:
+        prompts, params = requests(rng.randrange(1 << 30), 8)
+        names = [small.submit(prompt, param) for prompt, param in zip(prompts, params)]
+        for _ in range(rng.randrange(1, 6)):
+            small.step()
+        for name in names:
+            small.abort(name)
+        killed += len(names)
+    while small.step():
+        pass
+    check(small)
+    stats = small.stats()
+    assert stats.running == stats.waiting == stats.pages_private == 0
+    assert stats.swap.bytes["to_device"] > 0
+    small.scheduler.tree.clear()
+    for place in range(runner.swap.staging_segments):
+        runner._free(place)
+    runner._ring.rewind()
+    for chunk in runner.spaces.dropped():
+        runner._mover.drop(chunk)
+    assert runner.spaces.on_host == runner.spaces.on_device == runner.spaces.chunks == 0
+    runner._forget()
+    assert runner.ledger.held("device") == {"pages": runner.cache_bytes}
+    assert answers(small) == resident(4)  # and it serves as before
+
+
+def test_aborts_change_nobody_elses_tokens(small):
+    prompts, params = requests(3, 12)
+    wanted = dict(enumerate(resident(4, seed=3, count=12)))
+    names = [small.submit(prompt, param) for prompt, param in zip(prompts, params)]
+    sequences = {}
+    rng = random.Random(0)
+    while small.step():
+        sequences |= {s.request_id: s for s in small.scheduler.running}
+        if rng.random() < 0.05:
+            small.abort(rng.choice(names[::2]))
+    for i, name in enumerate(names):
+        got = sequences[name].tokens[len(prompts[i]) :] if name in sequences else []
+        assert got == wanted[i][: len(got)] and (i % 2 == 0 or got == wanted[i])
+    check(small)
+
+
+def test_a_failed_copy_is_computed_anew_once_and_then_ends_the_request(small, monkeypatch):
+    prompts, params = requests(4, 6)
+    wanted = resident(4, seed=4, count=6)
+    runner, failures = small.runner, []
+    take = type(runner._mover).take
+
+    def broken(self, place, chunks, *, wait):
+        if chunks and failures:
+            failures.pop()
+            raise TransferFailed("the link is down")
+        return take(self, place, chunks, wait=wait)
+
+    monkeypatch.setattr(type(runner._mover), "take", broken)
+    small.start(progress=False)
+    try:
+        failures.append(1)
+        outputs = small.generate(prompts, params)
+        assert not failures and [o.completions[0].token_ids for o in outputs] == wanted
+        failures.extend([1, 1])
+        outputs = small.generate(prompts, params)
+        reasons = {o.completions[0].finish_reason for o in outputs}
+        assert "error" in reasons and not failures
+        outputs = small.generate(prompts, params)
+        assert [o.completions[0].token_ids for o in outputs] == wanted
+    finally:
+        small._driver.stop(5.0)
+        small._driver.stopping = False
+    check(small)
+
+
+def test_the_controller_grows_in_a_live_engine_and_refuses_a_slow_link():
+    machine = EmulatedMachine(lambda kv, new: 1e-3, 2e8, 2e8)
+    decoder = model(4)
+    swap = SwapConfig(host_bytes=1 << 30, window_steps=4)
+    config = EngineConfig(num_pages=44, kv_swap=swap, **SETTINGS)
+    fast, slow = Rates(1e9, 5e8, 1e30), Rates(1e12, 1e6, 1e30)
+    engine = Engine(decoder, None, config, emulate=machine, rates=fast)
+    assert "predicted gain" in engine.notes[0] and "layers' worth hides" in engine.notes[0]
+    assert answers(engine) == resident(4)
+    reading = engine.stats().swap
+    assert reading.share > 0 and reading.decisions["grow"] > 0 and reading.reason
+    check(engine)
+    engine.close()
+    engine.runner.close()
+    refused = Engine(model(4), None, config, rates=slow)
+    assert refused.notes[0].startswith("swapping off: the link moves 0.001 GB/s, a layer computes in")
+    assert refused.stats().swap is None
+
+
+def test_bad_settings_are_refused_in_a_line():
+    decoder = model(4)
+    config = EngineConfig(num_pages=44, **SETTINGS)
+    plan = functools.partial(start_swapping, decoder, dtype=np.dtype("float32"))
+    chosen = type("Sizes", (), {"num_pages": 44})()
+    swap = SwapConfig(host_bytes=1 << 20, host_share=0.5)
+    for changes, message in [
+        ({"speculation": 3}, "swapping: found speculation = 3, expected 0"),
+        ({"max_adapters": 1}, "swapping: found max_adapters = 1"),
+        ({"batch_invariant": True}, "swapping: found batch_invariant = True"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            plan(config=dataclasses.replace(config, **changes), swap=swap, chosen=chosen)
+    with pytest.raises(UserError, match=r"kv_host_gb: found 1000000.0 GB, expected at most the .* GB free"):
+        plan(config=config, swap=dataclasses.replace(swap, host_bytes=10**15), chosen=chosen)
+    with pytest.raises(UserError, match="host_bytes: found 1000, expected at least"):
+        plan(config=config, swap=dataclasses.replace(swap, host_bytes=1000), chosen=chosen)
+    chosen.num_pages = 10
+    with pytest.raises(UserError, match=r"bytes of the device for keys and values, expected at least \d+"):
+        plan(config=config, swap=swap, chosen=chosen)
+    with pytest.raises(UserError, match="prompt: found"):
+        engine = Engine(model(4), None, dataclasses.replace(config, kv_swap=swap))
+        engine.submit([1] * 95, SamplingParams(max_tokens=40))
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_moves_keep_their_memory_kinds_where_there_is_no_such_device(platform):
+    spaces = probe_spaces()
+    host = spaces.struct((2, 4, 4, 16), np.float32, Space.HOST)
+    fetch = jax.jit(lambda x: jax.device_put(x, jax.memory.Space.Device) + 1)
+    text = jax.export.export(fetch, platforms=[platform])(host).mlir_module()
+    assert 'mhlo.memory_kind = "pinned_host"' in text and "annotate_device_placement" in text
+    assert Layerwise.attention.__kwdefaults__["staged_pages"] is None
