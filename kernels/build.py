@@ -21,6 +21,7 @@ import jaxlib
 
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
+HEADERS = (Path(__file__).with_name("simd.h"),)
 COMPILE_TIMEOUT_S = 300
 
 
@@ -32,7 +33,7 @@ def shared_library(source: Path, *, compiler: str | None = None, cache: Path | N
     """The compiled form of `source`, built if it is not in the cache yet.
 
     Args:
-      source: a C++ file that may include XLA's FFI headers.
+      source: a C++ file that may include XLA's FFI headers and "simd.h".
       compiler: name or path of the compiler; None tries `c++`, `g++`, `clang++`.
       cache: directory of compiled kernels; None is the platform's per-user cache directory. Where it cannot be written,
         or others can write there, a private temporary directory takes its place.
@@ -56,7 +57,7 @@ def _compile(compiler: str, source: Path, library: Path) -> None:
     handle, partial = tempfile.mkstemp(prefix=library.stem, suffix=".partial", dir=library.parent)
     os.close(handle)
     try:
-        command = [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), str(source), "-o", partial]
+        command = [compiler, *FLAGS, "-I", str(HEADERS[0].parent), "-isystem", jax.ffi.include_dir(), str(source), "-o", partial]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
@@ -76,7 +77,7 @@ def _digest(source: Path, compiler: str) -> str:
         ).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{compiler} did not run: {' '.join(str(error).split())}") from error
-    parts = (source.read_text(), compiler, version, " ".join(FLAGS), _processor(), jaxlib.__version__)
+    parts = (source.read_text(), *(header.read_text() for header in HEADERS), compiler, version, " ".join(FLAGS), _processor(), jaxlib.__version__)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 

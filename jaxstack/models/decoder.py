@@ -506,7 +506,9 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "... D"], adapter_ids: Int[Array, "..."] | None = None) -> Float[Array, "... D"]:
         widths = [self.intermediate_size] * 2
         gate, up = _projected(x, self.gate_up_proj, (self.gate_proj, self.up_proj), widths, adapter_ids)
-        return self.down_proj(ACTIVATIONS[self.activation](gate) * up, adapter_ids)
+        # A gradient computes the activation again: its parts are wide, and cost more to keep.
+        gated = jax.checkpoint(lambda gate, up: ACTIVATIONS[self.activation](gate) * up, prevent_cse=False)
+        return self.down_proj(gated(gate, up), adapter_ids)
 
 
 def _projected(

@@ -77,7 +77,7 @@ class LoraWeights(nnx.Module):
         """The adapters' addition to the output; `adapter_ids` names one adapter a row, None is adapter 1 for all."""
         a, b, scale = (v.get_value().astype(x.dtype) for v in (self.a, self.b, self.scale))
         if adapter_ids is None:
-            return scale[1] * ((x @ a[1]) @ b[1])
+            return ((x @ a[1]) * scale[1]) @ b[1]  # the narrow one scaled: in the gradient, too
         # Every adapter's narrow product, then zeros wherever the row does not use it: no [rows, in, r] gather.
         low = jnp.einsum("...i,nir->...nr", x, a)
         used = adapter_ids[..., None] == jnp.arange(a.shape[0])

@@ -4,6 +4,7 @@ A loss is `num / den`, each summed over everything a step sees (microbatches, de
 target token weighs the same however the batch was cut. A mean of microbatch means does not have that property.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -67,9 +68,26 @@ def token_log_probs(logits: Float[Array, "... V"], token_ids: Int[Array, "..."])
 
 
 def _picked(logits: Float[Array, "... V"], token_ids: Int[Array, "..."]) -> Float[Array, "..."]:
-    # A comparison with an iota instead of a gather: its transpose fuses with the softmax, a gather's is a scatter.
-    chosen = token_ids[..., None] == jnp.arange(logits.shape[-1], dtype=token_ids.dtype)
-    return jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
+    """logits[token_ids]; out of range clips."""
+    return _gathered(logits.shape[-1], logits, token_ids)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gathered(size: int, logits: Array, token_ids: Array) -> Array:
+    return jnp.take_along_axis(logits, token_ids[..., None], axis=-1, mode="clip")[..., 0]
+
+
+def _gathered_forward(size, logits, token_ids):
+    return _gathered(size, logits, token_ids), token_ids
+
+
+def _gathered_backward(size, token_ids, d_out):
+    # A comparison with an iota fuses with the softmax's own gradient; a gather's transpose is a scatter.
+    chosen = jnp.clip(token_ids, 0, size - 1)[..., None] == jnp.arange(size, dtype=token_ids.dtype)
+    return jnp.where(chosen, d_out[..., None], 0), None
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def cross_entropy(logits: Float[Array, "... T V"], targets: Targets) -> LossParts:

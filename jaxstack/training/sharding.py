@@ -147,6 +147,11 @@ class Layout:
         self.uncut: dict[str, str] = {}
         self._specs = {name: (tuple(p.shape), self._spec(name, tuple(p.shape))) for name, p in params.items()}
 
+    @property
+    def alone(self) -> bool:
+        """Whether the mesh is a single device."""
+        return self._one is not None
+
     def _spec(self, name: str, shape: tuple[int, ...]) -> PartitionSpec:
         cuts: list[str | None] = []
         for axis, size in zip(logical_axes(name, len(shape)), shape):

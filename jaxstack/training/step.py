@@ -10,7 +10,7 @@ denominators over microbatches, divides once, clips, and updates, or keeps every
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +114,7 @@ def decoder_loss(
       layout: where parameters and rows lie, if there are several devices.
     """
     pin = layout.pin_rows if layout is not None else lambda x: x
+    attention: Literal["xla"] | None = None if layout is None or layout.alone else "xla"
 
     def loss(model: Decoder, batch: Batch) -> LossParts:
         if router_aux_loss_coef is not None and model.config.moe is None:
@@ -125,7 +126,7 @@ def decoder_loss(
         hidden, _, routing = model.hidden_and_routing(
             flat["token_ids"],
             flat["positions"],
-            packed_attention(batch["positions"], longest=longest),
+            packed_attention(batch["positions"], longest=longest, implementation=attention),
             None,
             None if router_aux_loss_coef is None else flat["segment_ids"] != 0,
             adapter_ids=flat.get("adapter_ids"),
