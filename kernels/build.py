@@ -57,7 +57,17 @@ def _compile(compiler: str, source: Path, library: Path) -> None:
     handle, partial = tempfile.mkstemp(prefix=library.stem, suffix=".partial", dir=library.parent)
     os.close(handle)
     try:
-        command = [compiler, *FLAGS, "-I", str(HEADERS[0].parent), "-isystem", jax.ffi.include_dir(), str(source), "-o", partial]
+        command = [
+            compiler,
+            *FLAGS,
+            "-I",
+            str(HEADERS[0].parent),
+            "-isystem",
+            jax.ffi.include_dir(),
+            str(source),
+            "-o",
+            partial,
+        ]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
@@ -77,7 +87,15 @@ def _digest(source: Path, compiler: str) -> str:
         ).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{compiler} did not run: {' '.join(str(error).split())}") from error
-    parts = (source.read_text(), *(header.read_text() for header in HEADERS), compiler, version, " ".join(FLAGS), _processor(), jaxlib.__version__)
+    parts = (
+        source.read_text(),
+        *(header.read_text() for header in HEADERS),
+        compiler,
+        version,
+        " ".join(FLAGS),
+        _processor(),
+        jaxlib.__version__,
+    )
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 

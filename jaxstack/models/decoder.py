@@ -91,6 +91,7 @@ class Decoder(nnx.Module):
         input_embeddings: Float[Array, "... T D"] | None = None,
         use_embeddings: Bool[Array, "... T"] | None = None,
         remat: Remat = "none",
+        unroll: bool = False,
         compute_dtype: jnp.dtype | None = None,
         pin: Callable[[Float[Array, "... T D"]], Float[Array, "... T D"]] = lambda x: x,
     ) -> tuple[Float[Array, "... T D"], Any]:
@@ -106,6 +107,8 @@ class Decoder(nnx.Module):
           use_embeddings: where they replace them; None for everywhere.
           remat: what a backward pass recomputes in each layer: nothing, all but the weight products ("dots"), or
             everything.
+          unroll: compile every layer by itself instead of one for all: no layer's weights are cut out of their stack
+            then, which makes a CPU's training step a few percent quicker, and compiling takes longer with every layer.
           compute_dtype: dtype of activations; None for the embedding's.
           pin: called with the activations between layers: says where they lie on a mesh of devices.
         """
@@ -119,6 +122,7 @@ class Decoder(nnx.Module):
             input_embeddings=input_embeddings,
             use_embeddings=use_embeddings,
             remat=remat,
+            unroll=unroll,
             compute_dtype=compute_dtype,
             pin=pin,
         )
@@ -136,6 +140,7 @@ class Decoder(nnx.Module):
         input_embeddings: Float[Array, "... T D"] | None = None,
         use_embeddings: Bool[Array, "... T"] | None = None,
         remat: Remat = "none",
+        unroll: bool = False,
         compute_dtype: jnp.dtype | None = None,
         pin: Callable[[Float[Array, "... T D"]], Float[Array, "... T D"]] = lambda x: x,
     ) -> tuple[Float[Array, "... T D"], Any, RouterSums | None]:
@@ -174,7 +179,8 @@ class Decoder(nnx.Module):
                 raise UserError(f"remat: found {remat!r}, expected none, dots or full")
 
             part = slice(segment.start, segment.stop)
-            (x, cache), sums = jax.lax.scan(body, (x, cache), (scanned, windows[part], rotations[part], indices[part]))
+            xs = (scanned, windows[part], rotations[part], indices[part])
+            (x, cache), sums = jax.lax.scan(body, (x, cache), xs, unroll=unroll)
             if sums is not None:
                 routing.append(jax.tree.map(lambda s: jnp.sum(s, axis=0), sums))
         total = jax.tree.map(lambda *s: sum(s), *routing) if routing else None

@@ -40,8 +40,10 @@ def packed_attention(
         factor = scale or layer.scale or q.shape[-1] ** -0.5
         # The first key that a query sees, as an index into its row.
         first = jnp.arange(length, dtype=jnp.int32) - jnp.minimum(positions, layer.window - 1)
-        by_rows = (x.reshape(rows, length, *x.shape[-2:]) for x in (q * factor, k, v))
-        out = documents(*by_rows, first, longest=longest, softcap=layer.softcap, implementation=implementation)
+        queries, keys, values = (x.reshape(rows, length, *x.shape[-2:]) for x in (q * factor, k, v))
+        out = documents(
+            queries, keys, values, first, longest=longest, softcap=layer.softcap, implementation=implementation
+        )
         return out.reshape(q.shape), cache
 
     return attend

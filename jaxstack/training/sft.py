@@ -358,6 +358,7 @@ class _Run:
             decoder_loss,
             self.loss_fn,
             remat=config.remat,
+            unroll=config.unroll_layers,
             compute_dtype=self.compute_dtype,
             chunk_tokens=config.chunk_tokens,
             longest=self.longest,

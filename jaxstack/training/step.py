@@ -93,6 +93,7 @@ def decoder_loss(
     loss_fn: LossFn,
     *,
     remat: Remat = "none",
+    unroll: bool = False,
     compute_dtype: Any = None,
     chunk_tokens: int | None = None,
     longest: int | None = None,
@@ -104,7 +105,7 @@ def decoder_loss(
 
     Args:
       loss_fn: logits and targets to sums.
-      remat, compute_dtype: as in `Decoder.hidden`.
+      remat, unroll, compute_dtype: as in `Decoder.hidden`.
       chunk_tokens: compute logits for so many tokens at a time; None for all at once.
       longest: no document has more tokens; None for the length of a row. See `packed_attention`.
       most_targets: no microbatch has more target tokens; logits are computed for so many. None for every token.
@@ -131,6 +132,7 @@ def decoder_loss(
             None if router_aux_loss_coef is None else flat["segment_ids"] != 0,
             adapter_ids=flat.get("adapter_ids"),
             remat=remat,
+            unroll=unroll,
             compute_dtype=compute_dtype,
             pin=pin,
         )

@@ -76,9 +76,10 @@ def _keep(q, k, v, first, softcap, longest, form):
 
 
 def _pull_back(softcap, longest, form, kept, d_out):
+    q, k, v, first, out, log_total = kept
     if form == "cpu":
-        return *cpu.backward(*kept, d_out, softcap), None
-    return *xla.backward(*kept, d_out, softcap, longest), None
+        return *cpu.backward(q, k, v, first, out, log_total, d_out, softcap), None
+    return *xla.backward(q, k, v, first, out, log_total, d_out, softcap, longest), None
 
 
 _attention.defvjp(_keep, _pull_back)

@@ -27,6 +27,7 @@ class Ours:
       config, seed: of the adapter.
       batches: the steps' batches, used in turn.
       longest: tokens of the longest example.
+      unroll: as `SftConfig.unroll_layers`.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Ours:
         learning_rate: float,
         clip_norm: float,
         total_steps: int,
+        unroll: bool = False,
     ):
         start = time.perf_counter()
         model = adapted(folder, config, seed)
@@ -56,6 +58,7 @@ class Ours:
         most = max(map(targets_of, batches))
         loss = decoder_loss(
             cross_entropy,
+            unroll=unroll,
             compute_dtype=jnp.float32,
             longest=min(row, -(-longest // 16) * 16),
             most_targets=-(-most // 64) * 64,

@@ -1,4 +1,4 @@
-"""Attention within packed documents and its gradients, every form against the oracle, and the oracle against float64."""
+"""Attention within packed documents and its gradients: every form against the oracle, that against float64."""
 
 import functools
 
@@ -77,7 +77,9 @@ def test_the_oracle_equals_float64():
 def test_what_lies_beside_a_document_does_not_change_a_bit_of_it():
     (q, k, v, d_out), first, _ = arrays(CASES["longer than blocks"])
     whole = with_gradients("cpu", (q, k, v), first, None, d_out)
-    alone = with_gradients("cpu", [x[1:, 140:173] for x in (q, k, v)], first[1:, 140:173] - 140, None, d_out[1:, 140:173])
+    alone = with_gradients(
+        "cpu", [x[1:, 140:173] for x in (q, k, v)], first[1:, 140:173] - 140, None, d_out[1:, 140:173]
+    )
     for a, b in zip(whole, alone):
         np.testing.assert_allclose(a[1:, 140:173], b, atol=1e-6)
     again = with_gradients("cpu", (q, k, v), first, None, d_out)

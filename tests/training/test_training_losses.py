@@ -178,11 +178,12 @@ def test_logits_of_target_tokens_alone_give_the_same_loss_and_gradient(options):
         assert float(parts.aux["accuracy"][0]) == float(expected.aux["accuracy"][0])
 
 
-def test_remat_and_chunks_change_nothing():
+def test_remat_chunks_and_unrolling_change_nothing():
     data = batch(examples(3), [[0, 1], [2]], 48, row_count=6)
     _, expected = gradients(data)
-    _, found = gradients(data, remat="full", chunk_tokens=100)
-    assert relative(found, expected) < 1e-5
+    for options in ({"remat": "full", "chunk_tokens": 100}, {"unroll": True}):
+        _, found = gradients(data, **options)
+        assert relative(found, expected) < 1e-5
 
 
 def test_lora_gradients_equal_finite_differences():
