@@ -60,8 +60,8 @@ _VOCAB = flags.DEFINE_integer("vocab_size", 37_984, "vocabulary; Qwen2.5-0.5B ha
 _ROWS = flags.DEFINE_integer("rows", 3, "packed rows of a step", lower_bound=1)
 _SEQ_LEN = flags.DEFINE_integer("seq_len", 512, "tokens of a packed row, and of the longest example", lower_bound=16)
 _RANK = flags.DEFINE_integer("rank", 16, "of the adapter", lower_bound=1)
-_STEPS = flags.DEFINE_integer("steps", 4, "steps of a side in a round", lower_bound=1)
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "rounds", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 1, "steps of a side in a round", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 9, "rounds: the more, the less a machine's moods weigh", lower_bound=1)
 _UNROLL = flags.DEFINE_bool(
     "unroll_layers", True, "our side compiles every layer by itself: longer start, quicker steps"
 )
