@@ -64,7 +64,7 @@ def pallas_module(package: str, form: str) -> tuple[Any, bool]:
 
 def platform() -> str:
     """ "cpu", "gpu" or "tpu" (or another backend's name): what the program being traced is for."""
-    device = _abstract_device() or jax.config.jax_default_device
+    device = _abstract_device() or jax.config.jax_default_device  # type: ignore[attr-defined]
     if device is None:
         return jax.default_backend()
     return device if isinstance(device, str) else device.platform

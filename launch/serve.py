@@ -3,6 +3,8 @@
     python -m launch.serve                                  the small reasoning model that comes with jaxstack
     python -m launch.serve --model=FOLDER --port=8000       a Hugging Face folder with safetensors and tokenizer.json
 
+    python -m launch.serve --model=FOLDER --offload=auto --device_budget_gb=12         a model larger than its device
+
 Then, for instance:
 
     curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' \\
@@ -22,7 +24,7 @@ from jaxstack.engine.memory.swap import SwapConfig
 from jaxstack.runtime.errors import UserError
 from jaxstack.serving import ServerConfig, serve
 from jaxstack.serving.http_server import listen
-from launch import engine_flags, job
+from launch import engine_flags, job, offload_flags
 
 _SERVER = ServerConfig()
 
@@ -54,6 +56,7 @@ _HOST_SHARE = flags.DEFINE_string(
 )
 _TRACE = flags.DEFINE_string("record_trace", None, "file for a trace of the requests, without text (launch.replay)")
 flags.adopt_module_key_flags(engine_flags)
+flags.adopt_module_key_flags(offload_flags)
 
 
 def _api_keys(file: str | None) -> dict[str, str]:
@@ -114,7 +117,9 @@ def run() -> dict[str, Any]:
         tool_parser=engine_flags.TOOLS.value,
         reasoning_parser=engine_flags.REASONING.value,
     )
-    settings = engine_flags.engine_config(kv_swap=_swap())
+    settings, plan = offload_flags.with_offload(engine_flags.engine_config(kv_swap=_swap()), folder)
+    if plan is not None:
+        print(plan, file=sys.stderr, flush=True)
     # The address first: loading takes a while, and a port in use should be known before.
     with contextlib.closing(listen(config)) as listener:
         engine = engine_flags.load_engine(folder, settings)
@@ -130,7 +135,7 @@ def run() -> dict[str, Any]:
         except RuntimeError as error:
             raise UserError(f"the engine has died ({error}); its log tells more") from error
     stats = engine.stats()
-    return {
+    return offload_flags.summary(engine) | {
         "model": config.model_name,
         "prompt_tokens": stats.prompt_tokens,
         "generation_tokens": stats.generation_tokens,

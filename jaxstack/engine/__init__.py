@@ -16,6 +16,11 @@ What is drawn: `sampling.py` picks a token of each row; `logit_rules.py` is what
 compiled programs and their state. What is read off a prompt instead: `scoring.py` and `prompt_scores.py` make the
 logprobs of its tokens, `pooling.py` its vector.
 
+A model larger than its device: `offload.py` says what stays there and what is streamed; `pipelined_runner.py` stands in
+for `runner.py`, cuts a step into micro-batches and has `executor.py` run a schedule of `memory/`, whose tasks
+`pipelined_step.py` does with the pieces of `layerwise.py` and the weights of `page_store.py`; `emulated_decode.py`
+races schedules on an emulated machine.
+
 `config.py` has the settings and the sizes that follow from them; `weights.py` makes a decoder ready to be served,
 `adapters.py` keeps account of its LoRA adapters, `invariance.py` proves that bits do not depend on the batch, and
 `stats.py` takes readings. `request.py` has the types that all of them pass around. Whoever is one of `observer.py` is

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from jaxstack.engine.batch import BatchShape
 from jaxstack.engine.memory.swap.config import SwapConfig
+from jaxstack.engine.offload import OffloadConfig
 from jaxstack.engine.scheduling import Policy, policy_named
 from jaxstack.models.decoder import DecoderConfig
 from jaxstack.models.tensor_parallel import cached_kv_heads, check_mesh
@@ -24,6 +25,8 @@ _INVARIANT_ROWS = 16
 _CPU_CACHE_SHARE, _CPU_CACHE_BYTES = 0.25, 4 * 2**30
 # Of an accelerator's memory, weights and cache together; steps need the rest.
 _ACCELERATOR_SHARE = 0.9
+# Of the budget of a device that streams its weights.
+_OFFLOAD_CACHE_SHARE = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +63,8 @@ class EngineConfig:
         they cost what one does, and 64 elsewhere.
       kv_swap: keep part of the KV cache in the host's memory, streamed past the layers in every step; `num_pages` is
         then what all of it may take of the device, streaming included. None: everything on the device.
+      offload: keep weights on the host and stream them, for a model larger than its device; None for a model that fits.
+        Refused together with adapters, a mesh, speculation, batch invariance and `kv_swap`; steps do not overlap then.
       overlap: start a step before the results of the one before have been read; False takes one after the other.
       seed: of the generator that gives seeds to requests without one.
     """
@@ -84,6 +89,7 @@ class EngineConfig:
     speculation: int = 0
     speculation_rows: int | None = None
     kv_swap: SwapConfig | None = None
+    offload: OffloadConfig | None = None
     overlap: bool = True
     seed: int = 0
 
@@ -110,6 +116,16 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 2:
                 raise UserError(f"{name}: found {value}, expected an integer >= 2")
+        if self.offload is not None:
+            named = {
+                "max_adapters": self.max_adapters,
+                "mesh": self.mesh is not None,
+                "speculation": self.speculation,
+                "batch_invariant": self.batch_invariant,
+                "kv_swap": self.kv_swap is not None,
+            }
+            if asked := [name for name, value in named.items() if value]:
+                raise UserError(f"offload: found {' and '.join(asked)} besides, which it cannot be combined with")
         self.scheduling_policy()
 
     def scheduling_policy(self) -> Policy:
@@ -145,7 +161,7 @@ def sizes(config: EngineConfig, model: DecoderConfig, dtype_bytes: int) -> Sizes
     if pages is None:
         kv_heads = model.num_kv_heads if config.mesh is None else cached_kv_heads(model, check_mesh(config.mesh, model))
         page_bytes = model.num_layers * config.page_size * 2 * kv_heads * model.head_dim * dtype_bytes
-        room = _cache_bytes() * (1 if config.mesh is None else config.mesh.size)
+        room = _cache_bytes(config.offload) * (1 if config.mesh is None else config.mesh.size)
         useful = 4 * config.max_sequences * -(-window // config.page_size)
         pages = min(int(room // page_bytes), useful)
     if pages < 2 * config.max_sequences:
@@ -158,17 +174,19 @@ def sizes(config: EngineConfig, model: DecoderConfig, dtype_bytes: int) -> Sizes
     many = rows_of(config)
     few = many if config.batch_invariant else min(_FEW_SAMPLES, many)
     smallest = _INVARIANT_ROWS if config.batch_invariant else 1
-    decode = (
-        BatchShape(rows, rows, table, few if rows <= few else many) for rows in _decode_rows(many) if rows >= smallest
-    )
+    # A step that streams its weights takes the time of their copy, however few rows it has: one shape will do.
+    decode_rows = _decode_rows(many) if config.offload is None else [many]
+    decode = (BatchShape(rows, rows, table, few if rows <= few else many) for rows in decode_rows if rows >= smallest)
     mixed = (BatchShape(rows, many, table, many) for rows in _mixed_rows(config.max_batch_tokens, many))
     return Sizes(window, pages, (*decode, *mixed))
 
 
-def _cache_bytes() -> float:
-    """What the cache may take of one device, the weights being there."""
+def _cache_bytes(offload: OffloadConfig | None) -> float:
+    """What the cache may take of one device, the weights being there; or of the host, if it lives there."""
+    if offload is not None and offload.policy.kv_resident:
+        return _OFFLOAD_CACHE_SHARE * offload.device_budget_bytes
     device = jax.local_devices()[0]
-    memory = None if device.platform == "cpu" else device.memory_stats()
+    memory = None if device.platform == "cpu" or offload is not None else device.memory_stats()
     if memory is None:
         return min(_CPU_CACHE_SHARE * psutil.virtual_memory().available, _CPU_CACHE_BYTES)
     return max(0.0, _ACCELERATOR_SHARE * memory["bytes_limit"] - memory["bytes_in_use"])

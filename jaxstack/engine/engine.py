@@ -35,6 +35,7 @@ from jaxstack.engine.listeners import Feed
 from jaxstack.engine.memory.swap import Rates
 from jaxstack.engine.observer import Observer
 from jaxstack.engine.pipeline import Pipeline
+from jaxstack.engine.pipelined_runner import PipelinedRunner
 from jaxstack.engine.pooling import Pooled, Pooling
 from jaxstack.engine.prompt_embeddings import EmbeddingPrompt
 from jaxstack.engine.prompt_scores import PromptScores
@@ -56,7 +57,7 @@ from jaxstack.engine.stats import EngineStats, reading
 from jaxstack.engine.swap_movers import EmulatedMachine
 from jaxstack.engine.swap_start import start_swapping
 from jaxstack.engine.swapping_runner import SwappingRunner
-from jaxstack.engine.weights import served_dtype, serving_form
+from jaxstack.engine.weights import loading_place, served_dtype, serving_form
 from jaxstack.models.checkpoint import load_decoder
 from jaxstack.models.decoder import Decoder
 from jaxstack.models.peft_format import read_peft
@@ -100,9 +101,11 @@ class Engine:
                 f"{model.vocab_size}"
             )
         dtype = served_dtype(config)
+        offload = config.offload
         # Axes of type Auto, however the caller made them: the programs say themselves where their arrays go.
         self._mesh = None if config.mesh is None else Mesh(config.mesh.devices, config.mesh.axis_names)
-        decoder = serving_form(decoder, config, self._mesh, dtype)
+        if offload is None:
+            decoder = serving_form(decoder, config, self._mesh, dtype)
         self._adapters = AdapterRegistry(config.max_adapters)
         chosen = sizes(config, model, dtype.itemsize)
         self.notes: list[str] = []
@@ -117,18 +120,22 @@ class Engine:
         decoder.config = model.for_context(chosen.max_model_len)
         self.vocab_size = min(model.vocab_size, tokenizer.vocab_size) if tokenizer else model.vocab_size
         self.policy = policy or config.scheduling_policy()
+        more: dict[str, Any] = {"adapter_rank": config.max_adapter_rank, "mesh": self._mesh}
         options: dict[str, Any] = {
             "page_size": config.page_size,
             "slots": config.max_sequences,
             "max_length": chosen.max_model_len,
             "vocab_size": self.vocab_size,
             "dtype": dtype,
-            "adapter_rank": config.max_adapter_rank,
-            "mesh": self._mesh,
         }
         self.runner: Runner
-        if swapping is None or swapping.plan is None:
-            self.runner = Runner(decoder, chosen.shapes, num_pages=chosen.num_pages, **options)
+        if offload is not None:
+            pack = config.pack_weights
+            self.runner = PipelinedRunner(
+                decoder, chosen.shapes, num_pages=chosen.num_pages, offload=offload, pack=pack, **options
+            )
+        elif swapping is None or swapping.plan is None:
+            self.runner = Runner(decoder, chosen.shapes, num_pages=chosen.num_pages, **more, **options)
         else:
             assert config.kv_swap is not None
             self.runner = SwappingRunner(
@@ -139,6 +146,7 @@ class Engine:
                 kv_device_bytes=swapping.kv_device_bytes,
                 controller=swapping.controller,
                 emulate=emulate,
+                **more,
                 **options,
             )
         eos = frozenset(model.eos_token_ids) | frozenset(tokenizer.eos_token_ids if tokenizer else ())
@@ -156,7 +164,8 @@ class Engine:
             self.runner,
             self._answers,
             page_size=config.page_size,
-            overlap=config.overlap,
+            # A step that streams weights keeps the host until it is over: its tokens should not wait for the next.
+            overlap=config.overlap and offload is None,
         )
         self._random = random.Random(config.seed)
         self._order = itertools.count()
@@ -185,7 +194,8 @@ class Engine:
           UserError: the folder, a file in it, or the settings are wrong.
         """
         config = config or EngineConfig()
-        decoder = load_decoder(folder, param_dtype=served_dtype(config))
+        with loading_place(config, folder):
+            decoder = load_decoder(folder, param_dtype=served_dtype(config))
         return cls(decoder, load_tokenizer(folder), config, policy=policy)
 
     # Requests.

@@ -35,10 +35,10 @@ class LayerNumbers(NamedTuple):
       rotation: which of the model's kinds of rotation.
     """
 
-    index: Int[Array, ""]
-    within_kind: Int[Array, ""]
-    window: Int[Array, ""]
-    rotation: Int[Array, ""]
+    index: Any
+    within_kind: Any
+    window: Any
+    rotation: Any
 
 
 class Layerwise:

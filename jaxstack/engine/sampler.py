@@ -28,12 +28,13 @@ class Sampler:
 
     Attributes:
       layout: of the records that `HostDraws.records` brings.
+      columns: of the logits.
       kinds: what there are programs of their own for.
       last_token: the token drawn last in each slot, for the next forward pass.
     """
 
     def __init__(self, *, slots: int, length: int, vocab: int, columns: int, placement: Placement):
-        self.scrap_slot, self._columns, self._placement = slots, columns, placement
+        self.scrap_slot, self.columns, self._placement = slots, columns, placement
         self.layout = RecordLayout(length, vocab)
         # What a step asks for is found out on the device, unless that would keep the host waiting: a GPU's branches do.
         self.kinds: tuple[Kind, ...] = get_args(Kind) if jax.default_backend() == "gpu" else ("any",)
@@ -49,6 +50,11 @@ class Sampler:
         zeros = functools.partial(place.zeros, sharding=place.everywhere)
         self.last_token = zeros((slots,), jnp.int32)
         self._history, *self._fixed = (zeros((slots, n), dtype) for n, dtype in self.layout.parts)
+
+    @property
+    def state_bytes(self) -> int:
+        """What is kept on the device."""
+        return sum(x.nbytes for x in (self.last_token, self._history, *self._fixed))
 
     def compile(self, rows: int) -> None:
         """Compiles the programs for `rows` rows, unless they are there."""
@@ -69,7 +75,7 @@ class Sampler:
         arguments = (
             *self._state(),
             place.struct((self.scrap_slot + 1,), jnp.int32),
-            place.struct((rows, self._columns), jnp.float32, place.logits),
+            place.struct((rows, self.columns), jnp.float32, place.logits),
             place.struct((size(choices),), jnp.int32),
             place.struct((size(reals),), jnp.float32),
             grammar,

@@ -27,9 +27,9 @@ from jaxstack.models.moe import route
 from kernels.grouped_matmul import grouped_matmul
 from kernels.platforms import platform
 
-# An accelerator multiplies so many rows by a matrix in the time in which it reads the matrix: up to here it is no
-# slower to give every expert all rows than to sort them.
-_FREE_ROWS = 256
+# So many rows are multiplied by a matrix in about the time in which the matrix is read: up to here it is no slower to
+# give every expert all rows than to sort them.
+_FREE_ROWS, _FREE_ROWS_CPU = 256, 16
 
 # The inner features of a page: a multiple of this if the model's can be cut so.
 _WHOLE = 128
@@ -137,7 +137,7 @@ def paged_moe(
     """What `Moe` computes, its experts given as `layout.pages` pages."""
     rows = x.reshape(-1, x.shape[-1])
     weights, experts = route(router(rows), moe)
-    if platform() != "cpu" and rows.shape[0] <= _FREE_ROWS:
+    if rows.shape[0] <= (_FREE_ROWS_CPU if platform() == "cpu" else _FREE_ROWS):
         chosen = experts[..., None] == jnp.arange(moe.num_experts)
         shares = jnp.sum(jnp.where(chosen, weights[..., None], 0.0), axis=1)
         return _every_row(rows, shares, pages, layout, activation).reshape(x.shape)

@@ -81,7 +81,7 @@ def count_rows(module: nnx.Module | None, rows: Int[Array, ""]) -> None:
 
 def _stack_experts(moe: Moe, dtype: DTypeLike) -> None:
     """One projection to gate and up for every expert, and stacks that a step indexes instead of cutting them up."""
-    if moe.gate_proj is None or moe.up_proj is None:
+    if moe.gate_proj is None or moe.up_proj is None or moe.down_proj is None:
         raise UserError("the decoder is rearranged for serving already")
     fused = moe.gate_proj
     both = [part.kernel.get_value() for part in (moe.gate_proj, moe.up_proj)]

@@ -137,7 +137,7 @@ def compute_on_host(function: Callable) -> Callable:
     All that it takes must be in host space. (JAX 0.12 replaced the context manager `compute_on` by a function, which
     0.10 calls `compute_on2`.)
     """
-    form = getattr(_compute_on_module, "compute_on2", None) or _compute_on_module.compute_on
+    form: Any = getattr(_compute_on_module, "compute_on2", None) or _compute_on_module.compute_on
     if "out_memory_spaces" not in inspect.signature(form).parameters:
         raise RuntimeError("this version of JAX has no compute_on with out_memory_spaces")
     wrapped = form(function, compute_type="device_host", out_memory_spaces=jax.memory.Space.Host)
