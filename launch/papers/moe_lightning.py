@@ -15,7 +15,7 @@ from jaxstack.runtime.machine import PROFILES
 from jaxstack.runtime.metrics import write_summary
 from jaxstack.runtime.progress import Progress
 from launch.dlpm_study.config import Parts
-from launch.offload_study import plots, policies, published, report, simulated
+from launch.offload_study import full_scale, plots, policies, published, report, simulated
 
 _STUDY_SETTINGS = flags.DEFINE_integer("settings", 13, "of the 13 settings, so many, evenly", 1, 13)
 _TABLES = flags.DEFINE_bool("tables", True, "also figures 7 and 10 across all machines")
@@ -24,6 +24,8 @@ _TABLES = flags.DEFINE_bool("tables", True, "also figures 7 and 10 across all ma
 def run(workdir: Path, *, scale: str) -> Mapping[str, Any]:
     """Runs the study, or goes on with it. Returns the summary."""
     workdir.mkdir(parents=True, exist_ok=True)
+    if scale == "full":
+        return full_scale.run(workdir)
     return run_study(workdir, settings=_STUDY_SETTINGS.value, tables=_TABLES.value)
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jaxstack.runtime.errors import UserError
-from launch.offload_study import published
+from launch.offload_study import full_scale, published
 from launch.papers.moe_lightning import run_study
 
 
@@ -30,6 +30,15 @@ def test_a_study_says_everything_and_goes_on_where_it_was(tmp_path):
     assert all(part.stat().st_mtime_ns == then for part, then in times.items())
     with pytest.raises(UserError, match=r"found a study with other settings \(settings\)"):
         run_study(tmp_path, settings=3, tables=False)
+
+
+def test_what_to_expect_of_an_accelerator():
+    found = full_scale.expect("h100_pcie", "dbrx", 50)
+    assert found["s1_over_s4"] > 1.35 and found["link_busy"] > 0.95
+    assert found["best_of_all"]["tokens_per_s"] >= found["tokens_per_s"] * 0.999
+    assert "dbrx" in full_scale.text({"h100, dbrx": found})
+    none = full_scale.expect("h100_pcie", "dbrx", 8)
+    assert "too little" in none["reason"] and "none" in full_scale.text({"h100, dbrx": none})
 
 
 def test_the_published_settings_fit_their_machines():
