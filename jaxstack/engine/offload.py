@@ -208,7 +208,9 @@ def _kv_on_device(config: DecoderConfig, offload: OffloadConfig, shapes: Sequenc
         return 0
     if policy.kv_resident:
         return kv_bytes
-    return 2 * kv_bytes // config.num_layers  # of two micro-batches in one layer, at most
+    # Of two micro-batches in one layer; a step with prompts in it is staged as a whole.
+    parts = policy.n_micro_batches if all(shape.decode for shape in shapes) else 1
+    return 2 * kv_bytes // config.num_layers // parts
 
 
 def _activation_bytes(

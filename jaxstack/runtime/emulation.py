@@ -32,6 +32,9 @@ CHUNK_BYTES = 256 * 1024
 # Sleeping shorter is less exact than not sleeping.
 _SHORTEST_SLEEP_S = 5e-5
 
+# By so much a thread may oversleep and have it back: what follows at once counts from when the task before was due.
+_OVERSLEPT_S = 5e-4
+
 
 def aligned_empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
     """An uninitialised array that starts on a multiple of `ALIGNMENT` bytes, as numpy's own do not."""
@@ -150,6 +153,7 @@ class _Lane:
     def __init__(self, name: str):
         self.name = name
         self.usage = Usage()
+        self._due_s = 0.0
         self._queue: queue.SimpleQueue[tuple[Callable[[], Any], Future] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"emulated-{name}", daemon=True)
         self._closed = False
@@ -172,6 +176,17 @@ class _Lane:
             except BaseException as error:
                 done.set_exception(error)
             del work, done, item  # or what they hold would live until the next
+
+    def _start(self) -> float:
+        """When a task that begins now is taken to have begun."""
+        now = time.perf_counter()
+        return self._due_s if 0 <= now - self._due_s <= _OVERSLEPT_S else now
+
+    def _end(self, due_s: float) -> None:
+        """Sleeps until a task is over that should be at `due_s`."""
+        sleep_until(due_s)
+        now = time.perf_counter()
+        self._due_s = due_s if now - due_s <= _OVERSLEPT_S else now
 
     def close(self) -> None:
         """Ends the thread once it has done what it was given."""
@@ -200,11 +215,11 @@ class EmulatedDevice(_Lane):
 
     def run(self, work: Callable[[], _Result], seconds: float = 0.0) -> _Result:
         """The same on the caller's thread, which then is the lane."""
-        begin = time.perf_counter()
+        begin, start = time.perf_counter(), self._start()
         try:
             result = work()
             worked = time.perf_counter() - begin
-            sleep_until(begin + seconds)
+            self._end(start + seconds)
         finally:
             usage = self.usage
             usage.tasks += 1
@@ -252,15 +267,15 @@ class EmulatedLink(_Lane):
         size = target.nbytes
         if seconds is None:
             seconds = 0.0 if self.bytes_per_s is None else size / self.bytes_per_s
-        begin = time.perf_counter()
+        begin, since = time.perf_counter(), self._start()
         late = 0.0
         # A bucket of tokens that starts empty: after n bytes no less than n / size of the time has passed.
         for start in range(0, size, CHUNK_BYTES):
             end = min(start + CHUNK_BYTES, size)
             target[start:end] = source[start:end]
-            due = begin + seconds * end / size
+            due = since + seconds * end / size
             late = max(0.0, time.perf_counter() - due)
-            sleep_until(due)
+            self._end(due)
         usage = self.usage
         usage.tasks += 1
         usage.moved_bytes += size

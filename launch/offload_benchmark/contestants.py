@@ -81,6 +81,7 @@ class PinnedBlocks(Staging):
         first = int(f["block_tables"].min())
         f["block_tables"] -= first
         f["write_slots"] -= first * self.numbers.shape[2]
+        np.minimum(f["write_slots"], self.room * self.numbers.shape[2], out=f["write_slots"])  # padding
         return np.array([first // self.room]), local
 
     def load(self, layer: int, pages: np.ndarray, mover: Mover, seconds: float) -> Any:

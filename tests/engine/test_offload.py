@@ -40,9 +40,9 @@ MIXTRAL = DecoderConfig(
 )
 QWEN3_MOE = DecoderConfig(  # plain MLPs among layers with experts
     architecture="Qwen3MoeForCausalLM",
-    num_layers=4,
+    num_layers=3,
     qk_norm=True,
-    moe=MoeConfig(num_experts=6, experts_per_token=2, intermediate_size=48, dense_layers=(1,)),
+    moe=MoeConfig(num_experts=6, experts_per_token=2, intermediate_size=48, dense_layers=(0,)),
     **SIZES,
 )
 DBRX = DecoderConfig(
@@ -298,7 +298,7 @@ def test_emulated_schedules_draw_the_resident_tokens():
     """Lanes that are threads, at a hundredth of the time that the study takes."""
     expected = resident_tokens(steps=3, micro_batches=3)
     times = TaskTimes(1e-4, 2e-4, 5e-4, 2e-3, 1e-4, 1e-4, 1e-4, 1e-4)
-    for name in ("S1", "S2", "S3", "S4", "S4_paged"):
-        run = emulate(name, times, steps=3, micro_batches=3)
+    for name in ("S1", "S2", "S4"):
+        run = emulate(name, times, steps=3, micro_batches=3, pages=8)
         np.testing.assert_array_equal(run.tokens, expected, err_msg=name)
         assert run.timeline.period > 0 and run.usage["to_device"].moved_bytes > 0
