@@ -90,7 +90,7 @@ class KindMover:
 
     def __init__(self, spaces: Spaces, *, slice_bytes: int, staging: int, leaving: int, ledger: ByteLedger):
         self.traffic = Traffic()
-        self._leaving: collections.deque[Array] = collections.deque()
+        self._leaving: collections.deque[Any] = collections.deque()
         self._most_leaving = leaving
         self._spaces, self._bytes, self._ledger = spaces, slice_bytes, ledger
         self._host: dict[tuple[int, int], Array] = {}

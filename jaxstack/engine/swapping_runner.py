@@ -143,6 +143,8 @@ class SwappingRunner(Runner):
         )  # fmt: skip
         self.ledger.take("device", self.cache_bytes, "pages")
         self._pieces = Layerwise(decoder, dtype=self.dtype, vocab_size=vocab_size)
+        # Programs take a flat list: taking the decoder's tree apart for every layer costs more than a launch does.
+        self._flat, self._tree = jax.tree.flatten(self._pieces.weights)
         self._numbers = [LayerNumbers(*(self._placement.put(n) for n in numbers)) for numbers in self._pieces.layers]
         self._scrap = plan.device_slots
         self._buckets = _buckets(plan.chunks)
@@ -189,6 +191,7 @@ class SwappingRunner(Runner):
     def replace_weights(self, decoder: Decoder) -> None:
         super().replace_weights(decoder)
         self._pieces.weights = nnx.split(decoder)[1]
+        self._flat, self._tree = jax.tree.flatten(self._pieces.weights)
 
     def close(self) -> None:
         """Ends the emulated machine's threads."""
@@ -228,17 +231,22 @@ class SwappingRunner(Runner):
     def compile(self, shape: BatchShape) -> _Programs:
         """The pieces of one shape: embed, a layer for every number of chunks, head."""
         place, pieces = self._placement, self._pieces
-        weights = pieces.weights
+        flat, whole = self._flat, partial(jax.tree.unflatten, self._tree)
         ints = place.struct((size(shape.int_fields),), jnp.int32)
         given = None if shape.decode else place.struct((shape.rows, self.config.hidden_size), jnp.float32)
-        embed = jax.jit(partial(pieces.embed, shape)).lower(weights, ints, self.sampler.last_token, given)
+
+        def first(flat, ints, last_token, given):
+            return pieces.embed(shape, whole(flat), ints, last_token, given)
+
+        embed = jax.jit(first).lower(flat, ints, self.sampler.last_token, given)
         x, cos, sin = (place.struct(out.shape, out.dtype) for out in embed.out_info)
         cache = place.struct(self._cache_shape, self.dtype)
         chunk = place.struct(self._slice_shape, self.dtype)
         scalar: Any = place.struct((), jnp.int32)
         number = LayerNumbers(*[scalar] * 4)
 
-        def layer(sparse, weights, number, cache, ints, x, cos, sin, *chunks):
+        def layer(sparse, flat, number, cache, ints, x, cos, sin, *chunks):
+            weights = whole(flat)
             q, k, v = pieces.before(shape, weights, number, ints, x, cos, sin)
             staged = jnp.concatenate(chunks) if chunks else None
             out, cache = pieces.attention(shape, cache, number, ints, q, k, v, staged_pages=staged)
@@ -247,18 +255,18 @@ class SwappingRunner(Runner):
         layers = {
             sparse: {
                 chunks: jax.jit(partial(layer, sparse), donate_argnums=(2,))
-                .lower(weights, number, cache, ints, x, cos, sin, *[chunk] * chunks)
+                .lower(flat, number, cache, ints, x, cos, sin, *[chunk] * chunks)
                 .compile()
                 for chunks in self._buckets
             }
             for sparse in set(pieces.sparse)
         }
 
-        def head(weights, ints, x):
-            logits, hidden = pieces.head(shape, weights, ints, x)
+        def head(flat, ints, x):
+            logits, hidden = pieces.head(shape, whole(flat), ints, x)
             return logits, None if shape.decode else hidden
 
-        return _Programs(embed.compile(), layers, jax.jit(head).lower(weights, ints, x).compile())
+        return _Programs(embed.compile(), layers, jax.jit(head).lower(flat, ints, x).compile())
 
     def _compile_moves(self) -> None:
         """Gathers, scatters and merges of a chunk's slice."""
@@ -291,13 +299,13 @@ class SwappingRunner(Runner):
         super()._run_once(shape, step, scorer)
 
     def _forward_once(self, shape: BatchShape, step: Any, ints: np.ndarray, given: Array | None):
-        weights = self._pieces.weights
-        x, cos, sin = step.embed(weights, ints, self.sampler.last_token, given)
+        flat = self._flat
+        x, cos, sin = step.embed(flat, ints, self.sampler.last_token, given)
         for programs in step.layer.values():
             for chunks, program in programs.items():
                 arrays = [self._nothing] * chunks
-                self._cache, x = program(weights, self._numbers[0], self._cache, ints, x, cos, sin, *arrays)
-        return step.head(weights, ints, x)
+                self._cache, x = program(flat, self._numbers[0], self._cache, ints, x, cos, sin, *arrays)
+        return step.head(flat, ints, x)
 
     # A step.
 
@@ -322,7 +330,7 @@ class SwappingRunner(Runner):
         tokens = sum(row.start + row.count for row in batch.plan.rows)
         ints = self._placement.put(move.ints)
         stalled, computed = self._mover.traffic.stall_s, 0.0
-        x, cos, sin = programs.embed(self._pieces.weights, ints, self.sampler.last_token, given)
+        x, cos, sin = programs.embed(self._flat, ints, self.sampler.last_token, given)
         step = self._ring.ran // self._ring.layers
         while self._ring.may_issue:
             self._fetch(move, step)
@@ -344,7 +352,7 @@ class SwappingRunner(Runner):
             self.spaces.unhold(chunk)
         for chunk in self.spaces.dropped():
             self._mover.drop(chunk)
-        logits, hidden = programs.head(self._pieces.weights, ints, x)
+        logits, hidden = programs.head(self._flat, ints, x)
         self._steps_run += 1
         if timed:
             self._observe(computed, self._mover.traffic.stall_s - stalled, tokens)
@@ -361,7 +369,7 @@ class SwappingRunner(Runner):
         chosen = [arrays[chunk] for chunk in move.segment]
         bucket = next(b for b in self._buckets if b >= len(chosen))
         chosen += [self._nothing] * (bucket - len(chosen))
-        self._cache, x = programs[bucket](self._pieces.weights, number, self._cache, *inputs, *chosen)
+        self._cache, x = programs[bucket](self._flat, number, self._cache, *inputs, *chosen)
         if move.merging is not None:
             self._store_merged(layer, move.merging, arrays)
         if move.returning is not None:

@@ -85,13 +85,21 @@ def decoder(shape: str, dtype: Any) -> Decoder:
     return Decoder(config, rngs=nnx.Rngs(0), param_dtype=dtype)
 
 
-def served(shape: str, share: float | None, pages: int, sequences: int, context: int, host_bytes: int) -> Engine:
+def served(
+    shape: str,
+    share: float | None,
+    pages: int,
+    sequences: int,
+    context: int,
+    host_bytes: int,
+    batch_tokens: int = 256,
+) -> Engine:
     """A warm engine; `share` None is the ordinary runner's."""
     swap = None if share is None else SwapConfig(host_bytes=host_bytes, adaptive=False, host_share=share)
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     config = EngineConfig(
         max_sequences=sequences,
-        max_batch_tokens=max(256, sequences),
+        max_batch_tokens=max(batch_tokens, sequences),
         max_model_len=context + 1,
         page_size=_PAGE,
         num_pages=pages,
@@ -127,8 +135,8 @@ def check(say: Callable[[str], None]) -> dict[str, Any]:
     count, prompt, output = 6, 33, 40
     tokens: dict[str, list[list[int]]] = {}
     moved = 0
-    for name, share, pages in (("ordinary", None, 200), ("resident", 0.0, 200), ("swapped", 0.5, 72)):
-        engine = served("tiny", share, pages, count, 80, 10**9)
+    for name, share, pages in (("ordinary", None, 200), ("resident", 0.0, 200), ("swapped", 0.5, 30)):
+        engine = served("tiny", share, pages, count, 80, 10**9, batch_tokens=32)
         tokens[name] = decode(engine, count, prompt, output, 8)[1]
         if name == "swapped":
             reading = engine.stats().swap
@@ -137,8 +145,8 @@ def check(say: Callable[[str], None]) -> dict[str, Any]:
         engine.close()
     equal = tokens["swapped"] == tokens["resident"]
     alike = np.mean([a == b for a, b in zip(tokens["swapped"], tokens["ordinary"])])
-    say(f"check: tokens {'equal' if equal else 'DIFFER'} with {moved} bytes moved; {alike:.0%} of answers are the ")
-    say("       ordinary runner's, whose programs round elsewhere")
+    say(f"check: tokens {'equal' if equal else 'DIFFER'} with {moved} bytes moved")
+    say(f"check: {alike:.0%} of the answers are those of the ordinary runner, whose programs may round elsewhere")
     return {"tokens_equal": equal, "moved_bytes": moved, "answers_like_ordinary": float(alike)}
 
 

@@ -76,7 +76,9 @@ def _timeline() -> Figure:
         (axes[1], 1, "one place: they take turns"),
     ):
         timeline = simulate(swap_schedule(32, 2, layer_s, 0.75 * moving_s, staging=staging))
-        runs = {task.id: span for task, *span in zip(timeline.schedule.tasks, timeline.starts, timeline.ends)}
+        runs: dict[Any, Any] = {
+            task.id: span for task, *span in zip(timeline.schedule.tasks, timeline.starts, timeline.ends)
+        }
         begin = min(start for task, (start, _) in runs.items() if task.kind == "layer" and _position(task) == 32)
         for task, (start, end) in runs.items():
             if not 32 <= _position(task) < 44:
