@@ -85,15 +85,23 @@ SMALL_MACHINE = HardwareProfile(
 @pytest.mark.parametrize("objective", ["decode", "end_to_end"])
 @pytest.mark.parametrize("terms", ["paper", "full"])
 @pytest.mark.parametrize("attention, ffn", list(itertools.product([False, True], [False, True])))
-def test_no_policy_of_a_grid_beats_the_search(objective, terms, attention, ffn):
+@pytest.mark.parametrize("kv_shares, split", [(None, True), ((0.0, 1.0), False)])
+def test_no_policy_of_a_grid_beats_the_search(objective, terms, attention, ffn, kv_shares, split):
     """Every cut with all shares of a fine grid."""
     workload = Workload(9, 7)
     machine = SMALL_MACHINE
-    limits = Limits(max_requests=24, attention_on_device=(attention,), ffn_on_device=(ffn,))
+    limits = Limits(
+        max_requests=24,
+        attention_on_device=(attention,),
+        ffn_on_device=(ffn,),
+        kv_shares=kv_shares,
+        split_experts=split,
+    )
     found = search(machine, SMALL, workload, objective=objective, terms=terms, limits=limits)
     best = 0.0
     shares = np.linspace(0, 1, 101)
-    weights, kv = (grid.ravel() for grid in np.meshgrid(shares, shares if attention else [0.0]))
+    kv_grid = (shares if kv_shares is None else kv_shares) if attention else [0.0]
+    weights, kv = (grid.ravel() for grid in np.meshgrid(shares if ffn or split else [0.0], kv_grid))
     for mu in range(1, 25):
         for n in range(1, 24 // mu + 1):
             cut = {"micro_batch": mu, "n_micro_batches": n}

@@ -184,7 +184,8 @@ def layer_terms(
 ) -> dict[str, Number]:
     """Seconds that each resource works for one decode step of one layer, all micro-batches; the period is the largest.
 
-    With `full` terms `chain` is one micro-batch from end to end, and `late` what too few spare pages cost.
+    With `full` terms `chain` is one micro-batch from end to end, where that can bind, and `late` what too few spare
+    pages cost.
     """
     mu, n = micro_batch, n_micro_batches
     if terms == "paper":

@@ -6,6 +6,7 @@ best is at an end, or at the minimum of a convex function.
 """
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -32,6 +33,8 @@ class Limits:
       attention_on_device, ffn_on_device: the placements to try.
       buffer_shares: to try. With less than 1 policies are compared by a law that is a bound (see `laws.s1_period`), and
         the best by it is simulated.
+      kv_shares: of KV on the device, to try; None: any.
+      split_experts: without `ffn_on_device`, the device computes those experts that it has room for; False: none.
     """
 
     max_micro_batch: int | None = None
@@ -40,6 +43,8 @@ class Limits:
     attention_on_device: Sequence[bool] = (False, True)
     ffn_on_device: Sequence[bool] = (True, False)
     buffer_shares: Sequence[float] = (1.0,)
+    kv_shares: Sequence[float] | None = None
+    split_experts: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +95,10 @@ def search(
     found: list[tuple[float, Policy]] = []
     for attention in limits.attention_on_device:
         for ffn in limits.ffn_on_device:
-            for share in limits.buffer_shares if ffn else (1.0,):
-                case = _Case(machine, model, workload, objective, terms, attention, ffn, share)
+            kv_shares = limits.kv_shares if attention and limits.kv_shares is not None else (None,)
+            for share, kv in itertools.product(limits.buffer_shares if ffn else (1.0,), kv_shares):
+                resident = ffn or limits.split_experts
+                case = _Case(machine, model, workload, objective, terms, attention, ffn, share, kv, resident)
                 best = None
                 for mu, n in case.cuts(limits):
                     evaluated += len(mu)
@@ -157,6 +164,8 @@ class _Case:
     attention_on_device: bool
     ffn_on_device: bool
     buffer_share: float
+    kv_share: float | None
+    resident: bool
 
     def _needs(self, mu: Any, n: Any) -> tuple[LinearBytes, LinearBytes]:
         parts = hrm.memory_parts(
@@ -169,7 +178,11 @@ class _Case:
             ffn_on_device=self.ffn_on_device,
             buffer_share=self.buffer_share,
         )
-        return hrm.total(parts[0]), hrm.total(parts[1])
+        device, host = hrm.total(parts[0]), hrm.total(parts[1])
+        if self.kv_share is not None:
+            kv = self.kv_share
+            device, host = (LinearBytes(each.fixed + kv * each.kv, each.weights, 0.0) for each in (device, host))
+        return device, host
 
     def cuts(self, limits: Limits, block: int = 200_000) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """All (mu, n) that could fit, some at a time."""
@@ -224,7 +237,7 @@ class _Case:
             a, b = np.maximum(device.kv, 0.0), -host.kv
             both = np.where(a > 0, room * b + host_room * a, np.inf)
             conditions.append((np.where(a > 0, device.weights * b + host.weights * a, 0.0), both))
-        low, high = np.zeros_like(mu), np.ones_like(mu)
+        low, high = np.zeros_like(mu), np.ones_like(mu) if self.resident else np.zeros_like(mu)
         for slope, space in conditions:
             slope, space = np.broadcast_arrays(np.asarray(slope, float) + 0.0 * mu, space)
             with np.errstate(divide="ignore", invalid="ignore"):
@@ -237,8 +250,8 @@ class _Case:
 
     def _kv_share(self, weights: np.ndarray, needs: tuple[LinearBytes, LinearBytes]) -> np.ndarray:
         """The most KV that fits on the device beside so many weights."""
-        if not self.attention_on_device:
-            return 0.0 * weights
+        if not self.attention_on_device or self.kv_share is not None:
+            return np.full_like(weights, self.kv_share or 0.0)
         device = needs[0]
         room = hrm.device_limit(self.machine) - device.fixed - device.weights * weights
         with np.errstate(divide="ignore", invalid="ignore"):
