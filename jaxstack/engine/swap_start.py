@@ -132,6 +132,7 @@ def _check_features(config: EngineConfig, swap: SwapConfig) -> None:
         "max_adapters": (config.max_adapters, 0),
         "speculation": (config.speculation, 0),
         "batch_invariant": (config.batch_invariant, False),
+        "offload": (None if config.offload is None else "weights on the host", None),
         "placement": (swap.placement, "page_striped"),
     }
     for name, (found, expected) in wrong.items():
