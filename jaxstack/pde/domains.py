@@ -166,11 +166,11 @@ class Ball:
     def sample_interior(self, key: PRNGKeyArray, n: int) -> Float[Array, "{n} dim"]:
         direction, length = jax.random.split(key)
         r = self.radius * jax.random.uniform(length, (n, 1)) ** (1 / self.dim)
-        return self._center + r * _directions(direction, n, self.dim)
+        return r * _directions(direction, n, self.dim) + jnp.asarray(self._center)
 
     def sample_boundary(self, key: PRNGKeyArray, n: int) -> BoundaryPoints:
         normal = _directions(key, n, self.dim)
-        return BoundaryPoints(self._center + self.radius * normal, normal)
+        return BoundaryPoints(self.radius * normal + jnp.asarray(self._center), normal)
 
     def cutoff(self, x: Float[Array, " dim"], kind: Cutoff = "harmonic") -> Float[Array, ""]:
         y = x - jnp.asarray(self._center, x.dtype)

@@ -23,6 +23,9 @@ from jaxstack.pde.networks import Mlp, value_and_gradient
 from jaxstack.pde.operators import Coefficient, SecondOrder, forward_laplacian
 from jaxstack.pde.problem import Dirichlet, Neumann, Periodic, Problem, Robin, point_values
 
+# A field that nothing asks for.
+_ABSENT: Any = None
+
 
 class Samples(NamedTuple):
     """An iteration's points with everything there that no parameter changes; None where the problem has no use for it.
@@ -36,29 +39,28 @@ class Samples(NamedTuple):
       alpha: of a Robin condition, at y.
     """
 
+    # Typed as what they are where they are used: who asks for a field knows that the problem has it.
     x: Float[Array, "points dim"]
-    y: Float[Array, "edge dim"] | None
-    normal: Float[Array, "edge dim"] | None
-    diffusion: Coefficient | None
-    divergence: Float[Array, "points dim"] | None
-    source: Float[Array, " points"] | None
-    previous: Float[Array, " points"] | None
-    zeta: Float[Array, " points"] | None
-    zeta_gradient: Float[Array, "points dim"] | None
-    zeta_laplacian: Float[Array, " points"] | None
-    edge_diffusion: tuple[Float[Array, " edge"], Float[Array, "edge dim"]] | None
-    edge_value: Float[Array, " edge"] | None
-    edge_gradient: Float[Array, "edge dim"] | None
-    alpha: Float[Array, " edge"] | None
+    y: Float[Array, "edge dim"]
+    normal: Float[Array, "edge dim"]
+    diffusion: Coefficient
+    divergence: Float[Array, "points dim"]
+    source: Float[Array, " points"]
+    previous: Float[Array, " points"]
+    zeta: Float[Array, " points"]
+    zeta_gradient: Float[Array, "points dim"]
+    zeta_laplacian: Float[Array, " points"]
+    edge_diffusion: tuple[Float[Array, " edge"], Float[Array, "edge dim"]]
+    edge_value: Float[Array, " edge"]
+    edge_gradient: Float[Array, "edge dim"]
+    alpha: Float[Array, " edge"]
 
     def split(self) -> "tuple[Samples, Samples]":
         """The interior's part and the boundary's, each with None for the other: what `vmap` can go over."""
         edge = {"y", "normal", "edge_diffusion", "edge_value", "edge_gradient", "alpha"}
-        fields = self._asdict()
-        return (
-            self._replace(**{name: None for name in fields if name in edge}),
-            self._replace(**{name: None for name in fields if name not in edge}),
-        )
+        inner: dict[str, Any] = {name: None for name in self._fields if name in edge}
+        outer: dict[str, Any] = {name: None for name in self._fields if name not in edge}
+        return self._replace(**inner), self._replace(**outer)
 
 
 class Fields(NamedTuple):
@@ -69,11 +71,11 @@ class Fields(NamedTuple):
       edge_value, edge_gradient: at boundary points.
     """
 
-    value: Float[Array, " points"] | None = None
-    gradient: Float[Array, "points dim"] | None = None
-    second: Float[Array, " points"] | None = None
-    edge_value: Float[Array, " edge"] | None = None
-    edge_gradient: Float[Array, "edge dim"] | None = None
+    value: Float[Array, " points"] = _ABSENT
+    gradient: Float[Array, "points dim"] = _ABSENT
+    second: Float[Array, " points"] = _ABSENT
+    edge_value: Float[Array, " edge"] = _ABSENT
+    edge_gradient: Float[Array, "edge dim"] = _ABSENT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,16 +182,23 @@ class Form:
         problem = self.problem
         own = problem.weak_form is not None
         unit = not own and not self._diffusion_varies and problem.diffusion == 1.0
-        diffusion = None if own or unit else point_values(problem.diffusion, x)
-        divergence = None
+        diffusion: Any = None if own or unit else point_values(problem.diffusion, x)
+        source: Any = None if own else point_values(problem.source, x)
+        earlier: Any = None if previous is None else previous(x)
+        divergence: Any = None
         if (strong or self.strong_penalty) and not own and self._diffusion_varies:
             divergence = jax.vmap(self._divergence)(x)
-        zeta = zeta_gradient = zeta_laplacian = None
+        zeta: Any = None
+        zeta_gradient: Any = None
+        zeta_laplacian: Any = None
         if self.vanishing:
             zeta, zeta_gradient = jax.vmap(jax.value_and_grad(self.zeta))(x)
             if self.test_laplacian:
                 zeta_laplacian = jax.vmap(lambda p: jnp.trace(jax.hessian(self.zeta)(p)))(x)
-        edge_value = edge_gradient = edge_diffusion = alpha = None
+        edge_value: Any = None
+        edge_gradient: Any = None
+        edge_diffusion: Any = None
+        alpha: Any = None
         if self.has_edge:
             assert y is not None and normal is not None
             match problem.boundary:
@@ -197,7 +206,7 @@ class Form:
                     edge_value = point_values(value, y)
                     if self.tangential:
                         gradient = (
-                            jax.vmap(jax.grad(lambda p: jnp.asarray(value(p), p.dtype)))(y)
+                            jax.vmap(jax.grad(lambda p, g=value: jnp.asarray(g(p), p.dtype)))(y)
                             if callable(value)
                             else jnp.zeros_like(y)
                         )
@@ -209,10 +218,10 @@ class Form:
             if not self.vanishing:
                 along = apply_coefficient(None if own else point_values(problem.diffusion, y), normal)
                 edge_diffusion = (jnp.sum(along * normal, axis=1), along)
+        points: Any = y
+        normals: Any = normal
         return Samples(
-            x=x, y=y, normal=normal, diffusion=diffusion, divergence=divergence,
-            source=None if own else point_values(problem.source, x),
-            previous=previous(x) if previous is not None else None,
+            x=x, y=points, normal=normals, diffusion=diffusion, divergence=divergence, source=source, previous=earlier,
             zeta=zeta, zeta_gradient=zeta_gradient, zeta_laplacian=zeta_laplacian,
             edge_diffusion=edge_diffusion, edge_value=edge_value, edge_gradient=edge_gradient, alpha=alpha,
         )  # fmt: skip
@@ -236,8 +245,8 @@ class Form:
         if self.strong_penalty:
             value, gradient, second = forward_laplacian(net, theta, samples.x, samples.diffusion)
         else:
-            (value, gradient), second = value_and_gradient(lambda x: net(theta, x), samples.x), None
-        edge_value = edge_gradient = None
+            (value, gradient), second = value_and_gradient(lambda x: net(theta, x), samples.x), _ABSENT
+        edge_value = edge_gradient = _ABSENT
         if self.edge_needs_gradient:
             edge_value, edge_gradient = value_and_gradient(lambda x: net(theta, x), samples.y)
         elif self.has_edge:
@@ -249,13 +258,13 @@ class Form:
         if self.test_laplacian:
             value, gradient, second = forward_laplacian(net, eta, samples.x)
         else:
-            (value, gradient), second = value_and_gradient(lambda x: net(eta, x), samples.x), None
+            (value, gradient), second = value_and_gradient(lambda x: net(eta, x), samples.x), _ABSENT
         if samples.zeta is not None:
             zeta, slope = samples.zeta, samples.zeta_gradient
             if second is not None:
                 second = zeta * second + 2 * jnp.sum(slope * gradient, axis=1) + value * samples.zeta_laplacian
             value, gradient = zeta * value, zeta[:, None] * gradient + value[:, None] * slope
-        edge_value = net(eta, samples.y) if self.has_flux else None
+        edge_value = net(eta, samples.y) if self.has_flux else _ABSENT
         return Fields(value, gradient, second, edge_value)
 
     def psi_fields(self, net: Mlp, xi: Float[Array, " parameters"], samples: Samples) -> Fields:
@@ -314,7 +323,9 @@ class Form:
         flux = samples.edge_value
         if samples.alpha is not None:
             flux = flux - samples.alpha * u.edge_value
-        return -self.problem.domain.surface_to_volume * jnp.mean(flux * phi.edge_value)
+        ratio = self.problem.domain.surface_to_volume
+        assert ratio is not None  # a problem with a flux is not made without it
+        return -ratio * jnp.mean(flux * phi.edge_value)
 
     def boundary(self, samples: Samples, u: Fields, psi: Fields) -> Float[Array, ""]:
         """The part of E that tests the boundary condition, lam included."""

@@ -73,7 +73,7 @@ class Problem:
     Attributes:
       domain: a `Box`, `Ball` or other `Domain`.
       source: f.
-      diffusion: A(x): a scalar, a diagonal (dim,) or a symmetric matrix (dim, dim).
+      diffusion: A(x): a scalar, a diagonal (dim,) or a matrix (dim, dim), whose symmetric part is positive.
       reaction: N(x, u, du), everything of order at most one.
       boundary: `Dirichlet`, `Neumann`, `Robin` or `Periodic`.
       exact: the solution where it is known: errors are then reported.
@@ -190,7 +190,8 @@ class Problem:
                 raise UserError(f"{name} is not finite at x = {_shown(at[int(np.argmax(bad))])}")
         if self.weak_form is None:
             a = np.asarray(values["diffusion"], float)
-            least = np.linalg.eigvalsh(a)[:, 0] if a.ndim == 3 else a.reshape(points, -1).min(axis=1)
+            symmetric = (a + a.swapaxes(1, 2)) / 2 if a.ndim == 3 else None
+            least = a.reshape(points, -1).min(axis=1) if symmetric is None else np.linalg.eigvalsh(symmetric)[:, 0]
             if least.min() <= 0:
                 raise UserError(
                     f"diffusion is not positive at x = {_shown(x[int(least.argmin())])}: found {least.min():.4g}"

@@ -1,4 +1,7 @@
-"""Oracles run in float64, switched on for the test that asks for it and never at import."""
+"""What the solver's tests share: float64 for the oracles that ask for it, and quick compilation of programs that run once.
+
+Compiling is nearly all of these tests' time. XLA's optimisations change rounding and nothing that is tested here.
+"""
 
 import jax
 import pytest
@@ -8,3 +11,11 @@ import pytest
 def float64():
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True, scope="package")
+def quick_compilation():
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
