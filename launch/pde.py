@@ -9,7 +9,6 @@ Started again in the same workdir it goes on where it was; Ctrl-C and SIGTERM sa
 """
 
 import dataclasses
-import logging as std_logging
 import runpy
 import sys
 from pathlib import Path
@@ -60,7 +59,6 @@ def own_problem(where: str) -> Anything:
 
 def run() -> dict[str, Any]:
     logging.set_verbosity(logging.WARNING)
-    std_logging.getLogger("jaxstack").setLevel(std_logging.INFO)
     config = _CONFIG.get()
     if _SEED.value is not None:
         config = dataclasses.replace(config, seed=_SEED.value)

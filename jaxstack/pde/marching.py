@@ -270,6 +270,7 @@ def _march(
                 state, report = run(state)
                 jax.block_until_ready(state)
                 at["seconds"] += time.perf_counter() - began
+                report = jax.device_get(report)
                 at["iteration"] += chunk
                 at["done"] += chunk
                 row = {

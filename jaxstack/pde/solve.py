@@ -225,7 +225,6 @@ class _Run:
             assert found is not None
             at = self.at = _Progress(**found.metadata["run"])
             state, best = _from_leaves(found.arrays["state"], state), np.asarray(found.arrays["best"])
-            _log.info("resumed at iteration %d, %.1f s", at.done, at.seconds)
         at.status = None
         self._state, self._best = state, best
         self._checkpointer, self._stop = checkpointer, stop
@@ -234,6 +233,8 @@ class _Run:
         unit = "iteration" if self.budget_s is None else "s"
         counted = at.done if self.budget_s is None else int(at.seconds)
         bar = Progress(total, self.problem.name, unit=unit, initial=counted, enabled=show)
+        if metadata is not None:
+            bar.say(f"resumed at iteration {at.done}, {at.seconds:.1f} s")
         recompilations = 0
         self._compile_s = 0.0
         try:
