@@ -1,4 +1,4 @@
-"""What the solver's tests share: float64 for the oracles that ask for it, and quick compilation of programs that run once.
+"""What the solver's tests share: float64 for oracles that ask for it, and quick compilation of programs that run once.
 
 Compiling is nearly all of these tests' time. XLA's optimisations change rounding and nothing that is tested here.
 """
