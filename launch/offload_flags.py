@@ -34,7 +34,8 @@ _OFFLOAD: Any = flags.DEFINE_enum(
     "offload",
     "none",
     ["auto", "none", "cgopipe"],
-    "keep experts or MLPs on the host and stream them (MoE-Lightning's CGOPipe); auto does if the model does not fit",
+    "cgopipe keeps experts or MLPs on the host and streams them, with attention there too (MoE-Lightning); auto "
+    "does so, or places them as is predicted to be fastest, if the model does not fit",
 )
 _BUDGET = flags.DEFINE_float(
     "device_budget_gb", None, "what the device may hold with --offload; by default nine tenths of its memory"
@@ -130,7 +131,10 @@ def _search(
     machine = machine.with_memory(device_bytes=round(budget / DEVICE_SHARE))
     prompt, answer = (max(1, round(share * window)) for share in (_PROMPT_SHARE, _ANSWER_SHARE))
     workload = Workload(prompt, answer, settings.max_sequences)
-    return search(machine, sizes_, workload, limits=Limits(max_requests=settings.max_sequences))
+    limits = Limits(max_requests=settings.max_sequences)
+    if _OFFLOAD.value == "cgopipe":  # which is a placement, too
+        limits = dataclasses.replace(limits, attention_on_device=(False,), ffn_on_device=(True,))
+    return search(machine, sizes_, workload, limits=limits)
 
 
 def _policy(found: SearchResult, sequences: int) -> Policy:

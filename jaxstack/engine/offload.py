@@ -68,6 +68,8 @@ class OffloadConfig:
 
     @property
     def schedule_name(self) -> str:
+        if not self.policy.ffn_on_device:
+            return "host_experts"
         return self.schedule or ("S4_paged" if self.policy.attention_on_device else "S1")
 
     @property

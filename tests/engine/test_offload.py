@@ -167,7 +167,7 @@ def test_every_policy_gives_the_resident_tokens(name, resident):
 
 @pytest.mark.parametrize("config", [QWEN3_MOE, DBRX, DENSE], ids=lambda c: c.architecture)
 def test_other_families(config, plain):
-    assert_greedy(plain, config, answers(engine_of(config, offload(2, attention=False, weights=0.3))))
+    assert_greedy(plain, config, answers(engine_of(config, offload(2, attention=False, weights=0.3, pages=4))))
 
 
 DEEP = dataclasses.replace(

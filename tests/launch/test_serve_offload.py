@@ -98,7 +98,8 @@ def test_a_model_four_times_its_device(folder: Path) -> None:
     assert 0 < found["device_peak_bytes"] <= found["device_budget_bytes"] == BUDGET
     assert found["recompilations"] == 0 and found["generation_tokens"] == 24
     (plan,) = [text for text in errors.splitlines() if text.startswith("offload: ")]
-    assert "micro-batches" in plan and "GB" in plan
+    assert plan.startswith("offload: S1 in ") and "feed-forward on the device" in plan and "GB" in plan
+    assert found["device_peak_bytes"] > BUDGET / 2 and found["weight_pages_resident"] < 0.25
     assert [len(answer) for answer in answers] == [6, 6, 6]
     assert_greedy(folder, answers)
 
