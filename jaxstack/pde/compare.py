@@ -68,6 +68,8 @@ def time_to_error(
         progress=False,
         stop=stop,
     )
+    if solution.status == "interrupted" and stop is None:
+        raise KeyboardInterrupt  # a run cut short says nothing of the method
     found = solution.time_to(case.target)
     rows = [(round(r["seconds"], 3), r["c_l2"]) for r in solution.history]
     kept = rows[:: max(1, len(rows) // 100)] + rows[-1:]
