@@ -141,12 +141,12 @@ def _check_features(config: EngineConfig, swap: SwapConfig) -> None:
 
 
 def cache_shape(decoder: Decoder, itemsize: int) -> CacheShape:
-    """What a decoder asks of memory and processor."""
+    """What a decoder, which may be abstract, asks of memory and processor."""
     from flax import nnx
 
     model = decoder.config
-    arrays = [x for x in jax.tree.leaves(nnx.state(decoder)) if hasattr(x, "nbytes")]
-    weight_bytes, numbers = sum(x.nbytes for x in arrays), sum(x.size for x in arrays)
+    arrays = [x for x in jax.tree.leaves(nnx.state(decoder)) if hasattr(x, "dtype")]
+    weight_bytes, numbers = sum(x.size * x.dtype.itemsize for x in arrays), sum(x.size for x in arrays)
     kv_bytes = 2 * model.num_kv_heads * model.head_dim * itemsize
     return CacheShape(model.num_layers, kv_bytes, float(weight_bytes), float(numbers))
 

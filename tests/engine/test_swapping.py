@@ -14,7 +14,7 @@ from jaxstack.engine.errors import TransferFailed
 from jaxstack.engine.layerwise import Layerwise
 from jaxstack.engine.memory.swap import Rates, SwapConfig
 from jaxstack.engine.swap_movers import EmulatedMachine
-from jaxstack.engine.swap_start import start_swapping
+from jaxstack.engine.swap_start import cache_shape, start_swapping
 from jaxstack.models.decoder import Decoder, DecoderConfig
 from jaxstack.runtime.errors import UserError
 from jaxstack.runtime.memory_spaces import Space, probe_spaces
@@ -267,3 +267,9 @@ def test_moves_keep_their_memory_kinds_where_there_is_no_such_device(platform):
     text = jax.export.export(fetch, platforms=[platform])(host).mlir_module()
     assert 'mhlo.memory_kind = "pinned_host"' in text and "annotate_device_placement" in text
     assert Layerwise.attention.__kwdefaults__["staged_pages"] is None
+
+
+def test_an_abstract_model_asks_for_what_a_real_one_does():
+    real = model(layers=2)
+    assert cache_shape(Decoder.abstract(real.config), 4) == cache_shape(real, 4)
+    assert cache_shape(real, 4).weight_bytes == sum(x.nbytes for x in jax.tree.leaves(nnx.state(real)))
