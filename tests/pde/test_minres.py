@@ -37,7 +37,7 @@ def solve(a, b, rtol):
 
 SPECTRA = {
     "1e2": (np.geomspace(1, 1e2, 60), 1e-4),
-    "1e6": (np.geomspace(1, 1e6, 60), 1e-4),
+    "1e6": (np.geomspace(1, 1e6, 60), 1e-3),
     "1e10": (np.geomspace(1, 1e10, 60), 1e-3),
     "indefinite": (np.concatenate([-np.geomspace(1, 50, 30), np.geomspace(0.5, 1e3, 30)]), 1e-2),
     "inconsistent": (np.concatenate([np.zeros(20), np.geomspace(1, 1e3, 40)]), 1e-3),
