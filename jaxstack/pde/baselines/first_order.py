@@ -82,8 +82,8 @@ class AdamState(NamedTuple):
     key: Array
 
 
-class Descent(abc.ABC):
-    """A method that descends a loss on fresh samples."""
+class Trained(abc.ABC):
+    """A network trained on fresh samples in every iteration."""
 
     name = "descent"
     needs_strong = True
@@ -106,10 +106,6 @@ class Descent(abc.ABC):
             return jnp.zeros(())
         return self.config.boundary_weight * jnp.mean(self.form.net_misfit(self.u, theta, samples) ** 2)
 
-    @abc.abstractmethod
-    def loss(self, theta: Float[Array, " parameters"], samples: Samples) -> Float[Array, ""]:
-        """What is descended."""
-
     def init(self, key: PRNGKeyArray, theta: Float[Array, " parameters"] | None = None) -> Any:
         """The first state; `theta` are parameters to start from."""
         network, samples = jax.random.split(key)
@@ -117,8 +113,19 @@ class Descent(abc.ABC):
         zero = jnp.zeros((), jnp.int32)
         return AdamState(theta, self._optimizer.init(theta), zero, zero, jax.random.key_data(samples))
 
+    @abc.abstractmethod
     def step(self, state: Any) -> tuple[Any, LossReport]:
         """One iteration; an outcome that is not finite is not taken."""
+
+
+class Descent(Trained):
+    """Descends one loss by Adam."""
+
+    @abc.abstractmethod
+    def loss(self, theta: Float[Array, " parameters"], samples: Samples) -> Float[Array, ""]:
+        """What is descended."""
+
+    def step(self, state: Any) -> tuple[Any, LossReport]:
         samples = self.sample(state.key, state.iteration)
         loss, gradient = jax.value_and_grad(self.loss)(state.theta, samples)
         updates, moments = self._optimizer.update(gradient, state.moments, state.theta)
@@ -200,7 +207,7 @@ class WanState(NamedTuple):
     key: Array
 
 
-class Wan(Descent):
+class Wan(Trained):
     """The weak form's norm over adversarial test functions, log E^2 - log |phi|^2, and the boundary misfit (Zang et al.
     2020). Each player descends its own loss by its own parameters.
     """
@@ -221,9 +228,6 @@ class Wan(Descent):
         u = self.form.u_fields(self.u, theta, samples)
         phi = self.form.phi_fields(self.phi, eta, samples)
         return jnp.log(self.form.interior(samples, u, phi) ** 2 + 1e-20) - jnp.log(jnp.mean(phi.value**2) + 1e-20)
-
-    def loss(self, theta: Float[Array, " parameters"], samples: Samples) -> Float[Array, ""]:
-        raise NotImplementedError("WAN's loss needs a test function")
 
     def player_loss(
         self, theta: Float[Array, " parameters"], eta: Float[Array, " parameters"], samples: Samples
