@@ -29,6 +29,7 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -101,15 +102,24 @@ def agreement_of(
 
 @dataclasses.dataclass(frozen=True)
 class _Outcome:
-    """A workload's rounds, the peer's best mode of each kind, and every trial."""
+    """A workload's rounds, the products' times around each, the peer's best mode of each kind, and every trial."""
 
     workload: Workload
     rounds: list[report.Round]
+    limits: list[matmul_limit.MatmulTimes]
     best: dict[str, PeerMode]
     tried: list[tuple[PeerMode, Run]]
 
 
-def contend(contest: Contest, opponent: Opponent, workload: Workload, progress: Progress, *, quiet: bool) -> _Outcome:
+def contend(
+    contest: Contest,
+    opponent: Opponent,
+    workload: Workload,
+    products: matmul_limit.Products,
+    progress: Progress,
+    *,
+    quiet: bool,
+) -> _Outcome:
     """Trials, then rounds, of one workload."""
     for i, name in enumerate(contest.ours):
         contest.run_ours(name, i)
@@ -118,8 +128,15 @@ def contend(contest: Contest, opponent: Opponent, workload: Workload, progress: 
     if not best:
         raise UserError(f"{opponent.name}: found no mode that works, see {_WORKDIR.value}/{opponent.name}-passive.log")
     contest.keep({mode.wait_policy for mode in best.values()})
-    rounds = contest.rounds(_ROUNDS.value, list(best.values()), first_variant=len(contest.ours))
-    return _Outcome(workload, rounds, best, tried)
+    times: list[matmul_limit.MatmulTimes] = []
+
+    def time_products() -> None:
+        times.append(products.measure())
+        progress.done("matrix products alone")
+
+    rounds = contest.rounds(_ROUNDS.value, list(best.values()), first_variant=len(contest.ours), between=time_products)
+    limits = [matmul_limit.mean(around) for around in pairwise(times)]
+    return _Outcome(workload, rounds, limits, best, tried)
 
 
 def run() -> dict[str, Any]:
@@ -143,8 +160,8 @@ def run() -> dict[str, Any]:
     load_before, foreign_before = load1(), foreign_now(2.0)
     quiet = foreign_before <= FOREIGN_LIMIT
     kinds = [len({mode.kind for mode in opponent.modes(w)}) for w in workloads]
-    runs = sum(2 + len(opponent.modes(w)) + n + (2 + n) * _ROUNDS.value for w, n in zip(workloads, kinds))
-    progress = Progress(1 + runs + 1)
+    runs = sum(2 + len(opponent.modes(w)) + n + (3 + n) * _ROUNDS.value + 1 for w, n in zip(workloads, kinds))
+    progress = Progress(1 + runs)
     progress.done(f"{scale_of(config)}; other programs use {foreign_before:.1f} cores", 0)
 
     folder = model_folder(workdir, config, many.seed)
@@ -159,14 +176,13 @@ def run() -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         ours = stack.enter_context(contextlib.closing(Ours(folder, many, engine_config)))
         progress.done(f"our engine is warm after {ours.warm_up_s:.0f} s")
+        products = matmul_limit.Products(config, _MAX_BATCH_TOKENS.value, dtype=_DTYPE.value)
         open_peer = partial(opponent.open, interpreter, folder, workdir, peer, _DTYPE.value)
         for workload in workloads:
             contest = Contest({"http": ours.over_http, "in_process": ours.in_process}, open_peer, workload, progress)
             with contextlib.closing(contest):
-                outcomes.append(contend(contest, opponent, workload, progress, quiet=quiet))
+                outcomes.append(contend(contest, opponent, workload, products, progress, quiet=quiet))
         stats = ours.engine.stats()
-    limit = matmul_limit.measure(config, _MAX_BATCH_TOKENS.value, dtype=_DTYPE.value)
-    progress.done("matrix products alone measured")
 
     plain = PlainForward(folder, many.window)
     first = outcomes[0]
@@ -174,13 +190,13 @@ def run() -> dict[str, Any]:
     summary = {
         "benchmark": "bench_serve",
         "peer": opponent.name,
-        **report.figures(opponent.name, first.rounds, first.best, limit, agreement, foreign_before),
+        **report.figures(opponent.name, first.rounds, first.best, first.limits, agreement, foreign_before),
         **(
             {"speedup_shared_prefix": report.speedup_over_best(first.rounds, "http", first.best)}
             if many.shared_prefix
             else {}
         ),
-        **{f"alone_{name}": value for o in outcomes[1:] for name, value in _alone(o, limit, plain).items()},
+        **{f"alone_{name}": value for o in outcomes[1:] for name, value in _alone(o, plain).items()},
         **report.overhead(first.rounds, stats),
         "recompilations": stats.recompilations,
         "padding_ratio": round(stats.step_padding / (stats.step_padding + stats.step_rows), 4),
@@ -214,12 +230,12 @@ def run() -> dict[str, Any]:
     return summary
 
 
-def _alone(outcome: _Outcome, limit: matmul_limit.MatmulTimes, plain: PlainForward) -> dict[str, Any]:
+def _alone(outcome: _Outcome, plain: PlainForward) -> dict[str, Any]:
     """The figures of the request that had the machine to itself."""
     agreement = agreement_of(outcome.workload, outcome.rounds, list(outcome.best), plain)
     return {
         **report.speedups(_PEER.value, outcome.rounds, outcome.best),
-        **report.our_figures(outcome.rounds, limit),
+        **report.our_figures(outcome.rounds, outcome.limits),
         "tokens_agree": agreement.tokens_agree,
         "contestants": report.contestants(outcome.rounds, outcome.best),
     }

@@ -140,20 +140,33 @@ class Contest:
                 self._progress.done(f"{mode.label}: {error}")
         return runs
 
-    def rounds(self, count: int, modes: Sequence[PeerMode], first_variant: int) -> list[dict[str, Run]]:
+    def rounds(
+        self,
+        count: int,
+        modes: Sequence[PeerMode],
+        first_variant: int,
+        between: Callable[[], object] = lambda: None,
+    ) -> list[dict[str, Run]]:
         """`count` rounds in which every contestant works once, in an order that is turned around from round to round.
 
         Within a round our first contestant and all peers answer the same requests; our others have requests of their
-        own, lest they find the prompts in the prefix cache.
+        own, lest they find the prompts in the prefix cache. `between` is called before the first round and after each,
+        with no contestant at work.
         """
         results = []
+        self._alone(between)
         for r in range(count):
             variant = first_variant + r * len(self.ours)
             turns = [partial(self.run_ours, name, variant + i) for i, name in enumerate(self.ours)]
             turns += [partial(self.run_peer, mode, variant) for mode in modes]
             runs = [turn() for turn in (turns if r % 2 == 0 else turns[::-1])]
             results.append({run.name: run for run in runs})
+            self._alone(between)
         return results
+
+    def _alone(self, work: Callable[[], object]) -> None:
+        with self._only(None):
+            work()
 
     def keep(self, policies: set[str]) -> None:
         """Ends the peers with other wait policies."""

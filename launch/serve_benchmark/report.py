@@ -74,11 +74,18 @@ def speedups(peer: str, rounds: Sequence[Round], modes: dict[str, PeerMode]) -> 
     return found
 
 
-def our_figures(rounds: Sequence[Round], limit: MatmulTimes) -> dict[str, Any]:
-    """Throughput, latency and `matmul_share`: CPU seconds over those of the same steps' bare products, medians."""
+def our_figures(rounds: Sequence[Round], limits: Sequence[MatmulTimes]) -> dict[str, Any]:
+    """Throughput, latency and `matmul_share`: CPU seconds over those of the same steps' bare products, medians.
+
+    Args:
+      limits: the products' times, as they were around each round.
+    """
     counted = OURS[0]
     shares = {
-        name: statistics.median(r[name].measured.cpu_s / limit.limit(r[name].measured.steps) for r in rounds)
+        name: statistics.median(
+            r[name].measured.cpu_s / limit.limit(r[name].measured.steps)
+            for r, limit in zip(rounds, limits, strict=True)
+        )
         for name in OURS
     }
     return {
@@ -86,7 +93,10 @@ def our_figures(rounds: Sequence[Round], limit: MatmulTimes) -> dict[str, Any]:
         **latencies([timing for r in rounds for timing in r[counted].measured.timings]),
         "matmul_share": round(shares[counted], 3),
         **{f"matmul_share_{name}": round(shares[name], 3) for name in OURS[1:]},
-        "matmul_limit_cpu_s": round(statistics.median(limit.limit(r[counted].measured.steps) for r in rounds), 3),
+        "matmul_limit_cpu_s": round(
+            statistics.median(limit.limit(r[counted].measured.steps) for r, limit in zip(rounds, limits, strict=True)),
+            3,
+        ),
     }
 
 
@@ -142,7 +152,7 @@ def figures(
     peer: str,
     rounds: Sequence[Round],
     modes: dict[str, PeerMode],
-    limit: MatmulTimes,
+    limits: Sequence[MatmulTimes],
     agreement: Agreement,
     foreign_before: float,
 ) -> dict[str, Any]:
@@ -156,7 +166,7 @@ def figures(
     return {
         **speedups(peer, rounds, modes),
         **disturbance(rounds, foreign_before),
-        **our_figures(rounds, limit),
+        **our_figures(rounds, limits),
         **agreement_figures(agreement),
         "contestants": contestants(rounds, modes),
     }

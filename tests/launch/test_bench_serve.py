@@ -281,7 +281,9 @@ class TestContest:
     def test_figures_of_a_whole_contest(self, contest, tmp_path):
         rounds = contest.rounds(3, [STATIC, PAGED], first_variant=0)
         modes = {"generate": STATIC, "generate_batch": PAGED}
-        limit = MatmulTimes((1, 20), (0.05, 1.0), (0.1, 2.0))
+        # A machine that slows down and comes back: each round is held against the products around it.
+        usual, slow = MatmulTimes((1, 20), (0.05, 1.0), (0.1, 2.0)), MatmulTimes((1, 20), (0.1, 2.0), (0.2, 4.0))
+        limits = [usual, slow, usual]
         requests = WORKLOAD.draw(0)
         agreement = compare(
             requests.prompts,
@@ -291,7 +293,7 @@ class TestContest:
             lambda tokens: pytest.fail("the answers are equal"),
         )
         quiet = [{k: dataclasses.replace(run, foreign_cores=0.1) for k, run in r.items()} for r in rounds]
-        found = report.figures("transformers", quiet, modes, limit, agreement, 0.0)
+        found = report.figures("transformers", quiet, modes, limits, agreement, 0.0)
         assert found["speedup_vs_generate"] == 3.0
         assert found["speedup_vs_generate_batch"] == found["speedup_vs_transformers"] == 2.0
         assert found["speedup_vs_transformers_in_process"] == 4.0
@@ -360,8 +362,12 @@ class TestMatmulLimit:
         assert times.limit([(6, 1)]) == 4.0 + 10.0
         assert times.limit([(16, 8), (4, 4)]) == 12.0 + 20.0 + 2.0 + 10.0
 
+    def test_mean_of_two(self):
+        times = [MatmulTimes((1, 4), (1.0, 2.0), (10.0, 20.0)), MatmulTimes((1, 4), (3.0, 2.0), (20.0, 30.0))]
+        assert matmul_limit.mean(times) == MatmulTimes((1, 4), (2.0, 2.0), (15.0, 25.0))
+
     def test_measured_on_a_tiny_model(self):
-        times = matmul_limit.measure(TINY, 6, seconds_each=0.0)
+        times = matmul_limit.Products(TINY, 6).measure(seconds_each=0.0)
         assert times.rows == (1, 4, 6)
         assert all(s > 0 for s in times.layers_s + times.head_s)
 
