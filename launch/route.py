@@ -5,7 +5,8 @@
     python -m launch.route --replicas=http://127.0.0.1:8001,http://127.0.0.1:8002 --port=8000
 
 Clients then ask http://127.0.0.1:8000/v1 as they would ask one server. A replica is any server that speaks OpenAI;
-those of launch.serve also report what their prefix caches lose. `/` says what the router knows, as JSON; `/metrics` is
+those of launch.serve also report what their prefix caches lose, and when one of them is lost, the answers that it had
+begun go on with another, token by token as they would have been. `/` says what the router knows, as JSON; `/metrics` is
 for Prometheus, `/health` is 200 while a replica can be asked.
 
 Policies: d2lpm (fair to clients, and local), cache_aware (SGLang's rule), preble, least_load, round_robin,
@@ -49,6 +50,14 @@ _DRAIN = flags.DEFINE_float("drain_timeout_s", _HTTP.drain_timeout_s, "time for 
 _STALL = flags.DEFINE_float("stall_timeout_s", _HTTP.stall_timeout_s, "a client that takes nothing so long is cut off")
 _HEALTH = flags.DEFINE_float("health_interval_s", _ROUTER.health_interval_s, "between two looks at a replica, seconds")
 _RETRIES = flags.DEFINE_integer("retries", _ROUTER.retries, "how often a request is sent again if its replica is lost")
+_MIGRATIONS = flags.DEFINE_integer(
+    "migration_limit", _ROUTER.migration_limit, "how often an answer whose replica is lost goes on with another"
+)
+_RESUME = flags.DEFINE_float("resume_timeout_s", _ROUTER.resume_timeout_s, "how long it waits for one, seconds")
+_HOLD = flags.DEFINE_float(
+    "hold_timeout_s", _ROUTER.hold_timeout_s, "how long a request waits for any replica, seconds"
+)
+_MANAGED = flags.DEFINE_bool("managed", False, "replicas come and go by POST /router/replicas; there may be none yet")
 _PEERS = flags.DEFINE_list("peers", [], "d2lpm: URLs of other routers before the same replicas, to share accounts with")
 
 
@@ -71,6 +80,10 @@ def run() -> dict[str, Any]:
         replica_api_key=_REPLICA_KEY.value,
         health_interval_s=_HEALTH.value,
         retries=_RETRIES.value,
+        migration_limit=_MIGRATIONS.value,
+        resume_timeout_s=_RESUME.value,
+        hold_timeout_s=_HOLD.value,
+        managed=_MANAGED.value,
         peers=tuple(_PEERS.value),
     )
     options: dict[str, Any] = {}
@@ -97,6 +110,8 @@ def run() -> dict[str, Any]:
         "policy": _POLICY.value,
         "requests": outcomes,
         "resent": counts.resent,
+        "resumed": counts.resumed,
+        "lost_answers": counts.lost_answers,
         "prompt_tokens": counts.prompt_tokens,
         "cached_tokens": counts.cached_tokens,
         "output_tokens": counts.output_tokens,

@@ -43,14 +43,21 @@ class Answers:
         self._tokenizer, self._leave = tokenizer, leave
 
     def open(self, request: Request) -> list[Sequence]:
-        """Lets a request in: one sequence for each of its choices."""
+        """Lets a request in: one sequence for each of its choices, with what another engine has drawn of it: rules that
+        look at the tokens before, and text that is held back, go on where they were.
+        """
         if isinstance(request.listener, Collector):
             request.listener.request = request
         sequences = []
-        for index in range(request.choices):
+        for index, begun in request.begun.items():
             matcher = request.grammar.matcher() if request.grammar is not None else None
             detokenizer = self._detokenizer(request)
-            sequences.append(Sequence(request, index, list(request.prompt), detokenizer, matcher=matcher))
+            if detokenizer is not None:
+                detokenizer.push(begun)
+            if matcher is not None:
+                for token in begun:
+                    matcher.consume(token)
+            sequences.append(Sequence(request, index, [*request.prompt, *begun], detokenizer, matcher=matcher))
         self.live[request.request_id] = sequences
         if request.ranked:
             self._held[request.request_id] = [Completion(index) for index in range(request.choices)]

@@ -39,7 +39,7 @@ from jaxstack.engine.pipelined_runner import PipelinedRunner
 from jaxstack.engine.pooling import Pooled, Pooling
 from jaxstack.engine.prompt_embeddings import EmbeddingPrompt
 from jaxstack.engine.prompt_scores import PromptScores
-from jaxstack.engine.prompts import Prompt, PromptChecker, check_timeout
+from jaxstack.engine.prompts import Prompt, PromptChecker, check_emitted, check_timeout
 from jaxstack.engine.request import (
     Delta,
     FinishReason,
@@ -213,6 +213,7 @@ class Engine:
         timeout_s: float | None = None,
         adapter: str | None = None,
         pooled: Pooled | None = None,
+        emitted: Seq[Seq[int] | None] | None = None,
     ) -> str:
         """Queues a prompt; `listener` is called with every piece of every choice, on the thread that steps.
 
@@ -223,12 +224,15 @@ class Engine:
           timeout_s: so long after its arrival the request ends as it is, with finish_reason "timeout".
           adapter: the name of a loaded LoRA adapter to answer with.
           pooled: gathers the prompt's hidden states in the place of an answer (see `embed`).
+          emitted: the tokens that another engine, which was lost, has drawn of each choice; None for a choice that has
+            ended. The answer goes on behind them, with the tokens it would have had there: a draw depends on the seed
+            and on its place in the answer alone, so give the seed. Pieces have only what is new.
 
         Returns: the request's id.
 
         Raises:
           UserError: the prompt is empty, holds unknown tokens, or does not fit the window together with `max_tokens`;
-            `timeout_s` is not positive; or no such adapter is loaded.
+            `timeout_s` is not positive; no such adapter is loaded; or no answer can go on behind `emitted`.
           QueueFull: too many requests wait.
           EngineDead: nobody would answer.
         """
@@ -240,6 +244,9 @@ class Engine:
         if given is not None and sampling.prompt_logprobs is not None:
             raise UserError("prompt_logprobs: found a prompt of embeddings, expected one of tokens")
         check_timeout(timeout_s)
+        max_tokens, kept = sampling.max_tokens or self.max_model_len - len(tokens), None
+        if emitted is not None:
+            kept = check_emitted(emitted, sampling, max_tokens, self.model_config.vocab_size)
         order, now = next(self._order), time.perf_counter()
         wanted = sampling.prompt_logprobs
         held = None if adapter is None else self._adapters.acquire(adapter)
@@ -249,19 +256,20 @@ class Engine:
             sampling=sampling,
             arrival_s=now,
             order=order,
-            max_tokens=sampling.max_tokens or self.max_model_len - len(tokens),
+            max_tokens=max_tokens,
             seed=self._random.getrandbits(63) if sampling.seed is None else sampling.seed,
             listener=listener,
             client=client,
             namespace=namespace if held is None else held.namespace(namespace),
             adapter=held,
-            unfinished=sampling.choices,
+            unfinished=sampling.choices if kept is None else sum(begun is not None for begun in kept),
             priority=priority,
             deadline_s=None if timeout_s is None else now + timeout_s,
             scores=None if wanted is None else PromptScores(tuple(tokens), wanted),
             grammar=None if sampling.guide is None else self._grammars.compile(sampling.guide),
             given=given,
             pooled=pooled,
+            emitted=kept,
         )
         try:
             self._driver.post(lambda: self._enter(request), while_alive=True)
@@ -354,6 +362,7 @@ class Engine:
         timeout_s: float | None = None,
         adapter: str | None = None,
         whole: bool = False,
+        emitted: Seq[Seq[int] | None] | None = None,
     ) -> AsyncIterator[Delta]:
         """The pieces of an answer as they are made, until every choice has finished. Needs `start`.
 
@@ -372,8 +381,9 @@ class Engine:
             priority=priority,
             timeout_s=timeout_s,
             adapter=adapter,
+            emitted=emitted,
         )
-        open_choices = sampling.n
+        open_choices = sampling.n if emitted is None else sum(begun is not None for begun in emitted)
         try:
             while open_choices:
                 for delta in await feed.take():

@@ -71,6 +71,26 @@ class PromptChecker:
         return tokens, given
 
 
+def check_emitted(
+    emitted: Sequence[Sequence[int] | None], sampling: SamplingParams, max_tokens: int, vocab_size: int
+) -> tuple[tuple[int, ...] | None, ...]:
+    """What has been drawn of each choice elsewhere, None for one that has ended. Raises UserError if no answer can go
+    on behind it.
+    """
+    n = sampling.choices
+    if n != sampling.n or sampling.prompt_logprobs is not None:
+        raise UserError("emitted: found best_of or prompt_logprobs, whose answers are not gone on with")
+    if len(emitted) != n or all(tokens is None for tokens in emitted):
+        raise UserError(f"emitted: found {len(emitted)} choices, expected {n}, one of them open")
+    for tokens in emitted:
+        if tokens is not None and len(tokens) >= max_tokens:
+            raise UserError(f"emitted: found {len(tokens)} tokens, expected fewer than max_tokens = {max_tokens}")
+        for token in tokens or ():
+            if not isinstance(token, int) or not 0 <= token < vocab_size:
+                raise UserError(f"emitted: found token id {token!r}, expected ids from 0 to {vocab_size - 1}")
+    return tuple(None if tokens is None else tuple(tokens) for tokens in emitted)
+
+
 def check_timeout(timeout_s: float | None) -> None:
     """Raises UserError unless None or a positive number of seconds."""
     if timeout_s is not None and not 0 < timeout_s < float("inf"):

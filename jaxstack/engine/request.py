@@ -339,7 +339,8 @@ class Request:
     `namespace` keeps prefix caches apart. Lower `priority` goes first. At `deadline_s` (of `time.perf_counter`) it ends
     with what it has. `unfinished` choices of it are still generated. `scores` gathers the logprobs of the prompt's own
     tokens where they are wanted; choice 0 computes them. `given` holds the vectors that stand in the prompt where its
-    token is 0 for want of one. `pooled` gathers hidden states, and no token is wanted.
+    token is 0 for want of one. `pooled` gathers hidden states, and no token is wanted. `emitted` is what another engine
+    has drawn of each choice, None for one that has ended: answers go on behind it.
     """
 
     request_id: str
@@ -364,6 +365,7 @@ class Request:
     grammar: Any = None
     given: GivenEmbeddings | None = None
     pooled: Pooled | None = None
+    emitted: tuple[tuple[int, ...] | None, ...] | None = None
 
     def needs_hidden(self, start: int) -> bool:
         """Whether a row at that position belongs in a step that takes given embeddings and hands out hidden states."""
@@ -373,6 +375,12 @@ class Request:
     def choices(self) -> int:
         """How many are generated: more than are given back if the best of them are."""
         return self.sampling.choices
+
+    @property
+    def begun(self) -> dict[int, tuple[int, ...]]:
+        """The choices that are generated, and of each what there is already."""
+        emitted = ((),) * self.choices if self.emitted is None else self.emitted
+        return {index: tokens for index, tokens in enumerate(emitted) if tokens is not None}
 
     @property
     def ranked(self) -> bool:

@@ -412,10 +412,11 @@ class Scheduler:
         if request.scheduled_s is None:
             request.scheduled_s = self.now_s
         if request.cached_tokens is None:
-            request.cached_tokens = sequence.computed
+            # Of a prompt whose answer goes on, what is cached may reach into the answer.
+            request.cached_tokens = cached = min(sequence.computed, len(request.prompt))
             self.counters.prefix_queries += len(request.prompt)
-            self.counters.prefix_hits += sequence.computed
-            self.steward.started(sequence, sequence.computed, request.scheduled_s - request.arrival_s)
+            self.counters.prefix_hits += cached
+            self.steward.started(sequence, cached, request.scheduled_s - request.arrival_s)
         return Admission.ADMITTED
 
     def _needed(self, sequence: Sequence) -> int:

@@ -6,7 +6,8 @@ client that may be slow or gone, and leaves through `answers.py` and `exchange.p
 `errors.py` are the refusals, `metrics.py` what Prometheus reads, `application.py` puts handlers behind ASGI, and
 `http_server.py` puts that on a socket, with signals and shutdown.
 
-`router/` stands before several such servers.
+`router/` stands before several such servers. `journal.py` is what a server tells it, so that another server can go on
+with an answer when the first one is lost.
 
 Applications take a `LanguageModel` (`language_model.py`): an engine in this process or any OpenAI-compatible endpoint.
 """

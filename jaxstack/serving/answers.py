@@ -6,8 +6,11 @@ import uuid
 from collections.abc import Iterable
 from typing import Any
 
+from jaxstack.engine import TokenLogprob
+from jaxstack.engine.detokenise import IncrementalDetokenizer
 from jaxstack.models.tokenizer import Tokenizer
 from jaxstack.serving.generation import Piece, Usage
+from jaxstack.serving.journal import Journal
 from jaxstack.serving.logprobs import CompletionLogprobs, chat_logprobs, join, prompt_logprobs
 from jaxstack.serving.message import MessageReader
 from jaxstack.serving.prompts import Job
@@ -19,16 +22,19 @@ class Answer:
 
     Attributes:
       usage: once the answer is complete.
+      journal: for an answer that can go on elsewhere, or comes from there.
     """
 
     prefix: str
     whole_object: str
     chunk_object: str
 
-    def __init__(self, job: Job, tokenizer: Tokenizer | None, model_name: str):
-        self.job, self._tokenizer = job, tokenizer
-        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
-        self._head = {"id": self.id, "created": int(time.time()), "model": model_name}
+    def __init__(self, job: Job, tokenizer: Tokenizer | None, model_name: str, journal: Journal | None = None):
+        self.job, self._tokenizer, self.journal = job, tokenizer, journal
+        self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
+        if journal is not None and journal.resumed is not None:
+            self.id, self.created = journal.resumed.id, journal.resumed.created
+        self._head = {"id": self.id, "created": self.created, "model": model_name}
         options = job.request.stream_options
         self._include_usage = options is not None and options.include_usage
         self.usage: dict[str, Any] | None = None
@@ -37,6 +43,26 @@ class Answer:
         """The response object; `pieces` are the choices, each in one piece."""
         choices = [self._whole_choice(piece) for piece in sorted(pieces, key=lambda p: p.choice)]
         return {**self._head, "object": self.whole_object, "choices": choices, "usage": self._usage_json(usage)}
+
+    def replay(self) -> dict[int, Piece]:
+        """What has been drawn elsewhere of each choice that is open, its text as far as it was certain."""
+        pieces: dict[int, Piece] = {}
+        if self.journal is None or self.journal.resumed is None:
+            return pieces
+        sampling = self.job.sampling
+        for choice, drawn in enumerate(self.journal.resumed.choices):
+            if drawn.ended or not drawn.token_ids:
+                continue
+            text = ""
+            if self._tokenizer is not None:
+                text = IncrementalDetokenizer(
+                    self._tokenizer, sampling.stop, sampling.include_stop_str_in_output, sampling.skip_special_tokens
+                ).push(drawn.token_ids)
+            entries = list(drawn.logprobs)
+            if self.job.logprobs is not None and not entries:  # have been shown: only their places matter now
+                entries = [TokenLogprob(token, 0.0) for token in drawn.token_ids]
+            pieces[choice] = Piece(choice, text, list(drawn.token_ids), entries)
+        return pieces
 
     def opening(self) -> list[dict[str, Any]]:
         """Chunks before the first piece."""
@@ -86,8 +112,8 @@ class CompletionAnswer(Answer):
 
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, job: Job, tokenizer: Tokenizer | None, model_name: str):
-        super().__init__(job, tokenizer, model_name)
+    def __init__(self, job: Job, tokenizer: Tokenizer | None, model_name: str, journal: Journal | None = None):
+        super().__init__(job, tokenizer, model_name, journal)
         self._lists: dict[int, CompletionLogprobs] = {}
         self._begun: set[int] = set()
 
@@ -135,8 +161,8 @@ class ChatAnswer(Answer):
 
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, job: Job, tokenizer: Tokenizer | None, model_name: str):
-        super().__init__(job, tokenizer, model_name)
+    def __init__(self, job: Job, tokenizer: Tokenizer | None, model_name: str, journal: Journal | None = None):
+        super().__init__(job, tokenizer, model_name, journal)
         self._readers = [MessageReader(job.reading) for _ in range(job.sampling.n)]
 
     def _whole_choice(self, piece: Piece) -> dict[str, Any]:

@@ -45,19 +45,20 @@ class Exchange:
         self.started = False
         self.owner: str | None = None  # of the API key, once that has been checked
         self.more_headers: dict[str, str] = {}  # for whatever the answer will be
+        self.farewell = b""  # behind a stream that comes to its end, be it an error
         self._body_read = not {"content-length", "transfer-encoding"} & self.headers.keys()
         self._streaming = False
 
     # -------------------------------------------------------------------------------------------------------- reading
 
-    async def body(self) -> bytes:
-        """The request's body.
+    async def body(self, factor: int = 1) -> bytes:
+        """The request's body, which may be `factor` times as large as others.
 
         Raises:
           ApiError: 413 too large (as soon as that is known), 415 not JSON, 408 too slow.
           ClientGone: the connection closed.
         """
-        limit = self.config.max_body_bytes
+        limit = factor * self.config.max_body_bytes
         kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json" and not kind.endswith("+json"):
             found = repr(kind) if kind else "none"
@@ -66,7 +67,7 @@ class Exchange:
             )
         announced = self.headers.get("content-length", "0")
         if announced.isdigit() and int(announced) > limit:
-            raise self._too_large(f"{announced} bytes")
+            raise self._too_large(f"{announced} bytes", limit)
         body = bytearray()
         try:
             async with asyncio.timeout(self.config.body_timeout_s):
@@ -77,14 +78,14 @@ class Exchange:
                     body += message.get("body", b"")
                     self._body_read = not message.get("more_body", False)
                     if len(body) > limit:
-                        raise self._too_large(f"more than {limit} bytes")
+                        raise self._too_large(f"more than {limit} bytes", limit)
         except TimeoutError:
             message_text = f"the body did not arrive within {self.config.body_timeout_s} s"
             raise ApiError(408, message_text, code="timeout") from None
         return bytes(body)
 
-    def _too_large(self, found: str) -> ApiError:
-        message = f"body: found {found}, expected at most {self.config.max_body_bytes}"
+    def _too_large(self, found: str, limit: int) -> ApiError:
+        message = f"body: found {found}, expected at most {limit}"
         return ApiError(413, message, code="request_too_large")
 
     # ------------------------------------------------------------------------------------------------------ answering
@@ -110,7 +111,7 @@ class Exchange:
         """Answers with an error; in a stream that has begun, as its last event."""
         if self._streaming:
             await self.event(error.body)
-            await self._send_within_limit({"type": "http.response.body", "body": b"", "more_body": False})
+            await self.end_events(b"")
         elif not self.started:
             await self.answer(error.body, error.status, error.headers)
 
@@ -124,9 +125,9 @@ class Exchange:
         await self._start(200, headers)
         self._streaming = True
 
-    async def event(self, *contents: Any) -> None:
-        """Sends events, together in one write."""
-        data = b"".join(b"data: " + encode_json(content) + b"\n\n" for content in contents)
+    async def event(self, *contents: Any, then: bytes = b"") -> None:
+        """Sends events, together in one write, and `then` behind them."""
+        data = b"".join(b"data: " + encode_json(content) + b"\n\n" for content in contents) + then
         await self._send_within_limit({"type": "http.response.body", "body": data, "more_body": True})
 
     async def comment(self, text: bytes = b"waiting") -> None:
@@ -139,6 +140,10 @@ class Exchange:
 
     async def end_events(self, last: bytes = b"data: [DONE]\n\n") -> None:
         """Sends `[DONE]` and ends the stream."""
+        await self.break_off(last + self.farewell)
+
+    async def break_off(self, last: bytes = b"") -> None:
+        """Ends the stream without a word more."""
         await self._send_within_limit({"type": "http.response.body", "body": last, "more_body": False})
 
     async def while_client_waits(self, work: Coroutine[Any, Any, _Result]) -> _Result:

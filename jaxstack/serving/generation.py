@@ -34,6 +34,14 @@ class Piece:
     timed_out: bool = False
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
+    def extend(self, piece: "Piece") -> None:
+        """Puts the next piece of the same choice behind this one."""
+        self.text += piece.text
+        self.token_ids.extend(piece.token_ids)
+        self.logprobs.extend(piece.logprobs)
+        self.finish_reason, self.stop_reason, self.timed_out = piece.finish_reason, piece.stop_reason, piece.timed_out
+        self.prompt_logprobs = self.prompt_logprobs or piece.prompt_logprobs
+
     def add(self, delta: Delta) -> None:
         self.text += delta.text
         self.token_ids.extend(delta.token_ids)
@@ -66,6 +74,8 @@ class Generation:
       whole: hand out nothing before everything has come.
       timeout_s: ends all choices with finish_reason "length" after so long.
       adapter, priority, client: as the engine's `submit`.
+      seed: draws an answer to a request that brings none.
+      emitted: for each prompt, of each of its choices what has been drawn elsewhere; None for one that has ended.
     """
 
     def __init__(
@@ -79,6 +89,8 @@ class Generation:
         adapter: str | None = None,
         priority: int = 0,
         client: str = "",
+        seed: int | None = None,
+        emitted: Sequence[Sequence[Sequence[int] | None]] | None = None,
     ):
         self._whole = whole
         self._engine, self._prompts, self._sampling = engine, prompts, sampling
@@ -86,7 +98,9 @@ class Generation:
         self._client = client
         self._timed_out = self._late = False
         self._names = [f"http-{uuid.uuid4().hex}" for _ in prompts]
-        self._open = set(range(len(prompts) * sampling.n))
+        self._seed, self._emitted = seed, emitted
+        choices = [()] * (len(prompts) * sampling.n) if emitted is None else [c for of in emitted for c in of]
+        self._open = {choice for choice, begun in enumerate(choices) if begun is not None}
         self._untaken: dict[int, Piece] = {}
         self._cached = [0] * len(prompts)
         self._begun: set[int] = set()
@@ -100,7 +114,8 @@ class Generation:
         loop = asyncio.get_running_loop()
         # The engine keeps the time; this is for one that is stuck.
         self._deadline = None if self._timeout_s is None else loop.time() + self._timeout_s + _GRACE_S
-        self._pumps = [loop.create_task(self._pump(i)) for i in range(len(self._prompts))]
+        running = sorted({choice // self._sampling.n for choice in self._open})
+        self._pumps = [loop.create_task(self._pump(which)) for which in running]
         return self
 
     async def __aexit__(
@@ -148,7 +163,8 @@ class Generation:
         """Ends every open choice with finish_reason "abort"; what came before stays."""
         for name in self._names:
             self._engine.abort(name)
-        await asyncio.wait(self._pumps, timeout=_GRACE_S)  # the engine hands out what it has; or it is stuck
+        if self._pumps:
+            await asyncio.wait(self._pumps, timeout=_GRACE_S)  # the engine hands out what it has; or it is stuck
         await self._stop_pumps()
         for choice in sorted(self._open):
             piece = self._untaken.setdefault(choice, Piece(choice))
@@ -168,18 +184,21 @@ class Generation:
         self._timed_out = self._timed_out or piece.timed_out
 
     async def _pump(self, which: int) -> None:
-        first = which * self._sampling.n
+        first, sampling = which * self._sampling.n, self._sampling
+        if self._seed is not None and sampling.seed is None:
+            sampling = dataclasses.replace(sampling, seed=(self._seed + which) % 2**63)
         try:
             # The engine aborts the request when the iterator is closed, and a cancelled wait closes it.
             async for delta in self._engine.stream(
                 self._prompts[which],
-                self._sampling,
+                sampling,
                 self._names[which],
                 whole=self._whole,
                 adapter=self._adapter,
                 priority=self._priority,
                 client=self._client,
                 timeout_s=self._timeout_s,
+                emitted=None if self._emitted is None else self._emitted[which],
             ):
                 self._add(which, first + delta.index, delta)
         except Exception as error:

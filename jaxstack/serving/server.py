@@ -16,14 +16,28 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from jaxstack.engine import Engine
+from jaxstack.engine.errors import EngineDead
 from jaxstack.serving.answers import Answer
 from jaxstack.serving.application import Endpoint, Handler, application
 from jaxstack.serving.cache_reports import CacheReports, read_query
 from jaxstack.serving.clients import caller_of
 from jaxstack.serving.config import ServerConfig
-from jaxstack.serving.endpoints import Endpoints
-from jaxstack.serving.errors import ApiError, unavailable
+from jaxstack.serving.endpoints import GENERATING, Endpoints
+from jaxstack.serving.errors import ApiError, as_api_error, bad_field, unavailable
 from jaxstack.serving.exchange import USAGE_COMMENT, WANT_USAGE, Exchange, encode_json
+from jaxstack.serving.journal import (
+    RESUME_BODY_FACTOR,
+    BrokenOff,
+    Journal,
+    Resumed,
+    head_comment,
+    journaled,
+    read_resumed,
+    read_seed,
+    tokens_comment,
+)
+from jaxstack.serving.journal_format import COMPLETE, RESUME_PATH, STATUS, WANT_JOURNAL
+from jaxstack.serving.json_body import read_json
 from jaxstack.serving.metrics import Metrics
 from jaxstack.serving.page import HEADERS, LivePage
 from jaxstack.serving.prompts import adapter_of, detokenize, tokenize
@@ -157,10 +171,20 @@ class Service:
 
     async def _generate(self, exchange: Exchange, path: str) -> None:
         async with self._place(exchange) as body:
-            await exchange.while_client_waits(self._answer(exchange, path, body))
+            wanted = exchange.headers.get(WANT_JOURNAL)
+            journal = None if wanted is None else Journal(read_seed(wanted))
+            await exchange.while_client_waits(self._answer(exchange, path, body, journal))
+
+    async def resume(self, exchange: Exchange) -> None:
+        """Goes on with an answer that another server has broken off; for routers."""
+        async with self._place(exchange, RESUME_BODY_FACTOR) as body:
+            seed = read_seed(exchange.headers.get(WANT_JOURNAL, ""))
+            path, request, resumed = await self.endpoints.on_pool(_read_resumption, body)
+            work = self._answer(exchange, path, request, Journal(seed, resumed))
+            await exchange.while_client_waits(work)
 
     @contextlib.asynccontextmanager
-    async def _place(self, exchange: Exchange) -> AsyncIterator[bytes]:
+    async def _place(self, exchange: Exchange, factor: int = 1) -> AsyncIterator[bytes]:
         """One of `max_streams` places, and the body of the request that takes it."""
         self._check_ready()
         if self.active >= self.config.max_streams:
@@ -168,14 +192,17 @@ class Service:
             raise ApiError(429, message, code="rate_limit_exceeded", headers={"retry-after": "1"})
         self.active += 1
         try:
-            yield await exchange.body()
+            yield await exchange.body(factor)
         finally:
             self.active -= 1
 
-    async def _answer(self, exchange: Exchange, path: str, body: bytes) -> None:
-        reply = await self.endpoints.prepare(path, body, caller_of(exchange, self.config))
+    async def _answer(self, exchange: Exchange, path: str, body: bytes, journal: Journal | None) -> None:
+        reply = await self.endpoints.prepare(path, body, caller_of(exchange, self.config), journal)
         try:
-            await self._say(exchange, reply)
+            if journal is not None and journaled(reply.job.sampling):
+                await self._say_journaled(exchange, reply)
+            else:
+                await self._say(exchange, reply)
         finally:
             self.endpoints.in_background(self.reports.note, body, reply.job)
 
@@ -191,6 +218,40 @@ class Service:
                     await exchange.event(*chunks)
                 elif chunks is None:
                     await exchange.comment()
+        if WANT_USAGE in exchange.headers:
+            await exchange.comment(USAGE_COMMENT + encode_json(reply.usage))
+        await exchange.end_events()
+
+    async def _say_journaled(self, exchange: Exchange, reply: Answer) -> None:
+        whole, exchange.farewell = not reply.job.request.stream, COMPLETE + b"\n\n"
+        first = head_comment(reply.id, reply.created, reply.job.prompts, len(reply.job.prompts) * reply.job.sampling.n)
+        try:
+            async with contextlib.aclosing(self.endpoints.journaled(reply, self.config.comment_interval_s)) as commits:
+                async for commit in commits:
+                    if not exchange.started:
+                        await exchange.start_events()
+                        await exchange.pass_on(first)
+                    if commit is None:
+                        await exchange.comment()
+                    else:
+                        then = b"" if commit.pieces is None else tokens_comment(commit.pieces, whole=whole)
+                        await exchange.event(*commit.chunks, then=then)
+        except (BrokenOff, EngineDead):
+            if not exchange.started:
+                raise unavailable("the server is shutting down", "shutting_down", 10) from None
+            await exchange.break_off()
+            return
+        except Exception as error:
+            # What has no status of its own any more brings it along.
+            known = as_api_error(error)
+            if known is None or not exchange.started or not whole:
+                raise
+            await exchange.pass_on(STATUS + str(known.status).encode() + b"\n\n")
+            await exchange.fail(known)
+            return
+        if whole:
+            await exchange.end_events(b"")
+            return
         if WANT_USAGE in exchange.headers:
             await exchange.comment(USAGE_COMMENT + encode_json(reply.usage))
         await exchange.end_events()
@@ -220,6 +281,17 @@ class Service:
         }
 
 
+def _read_resumption(body: bytes, engine: Engine, config: ServerConfig) -> tuple[str, bytes, Resumed]:
+    """The path and the body of a request, and what there is of its answer."""
+    content = read_json(body)
+    path, request = content.get("path"), content.get("request")
+    if path not in GENERATING:
+        raise bad_field("path", path, f"one of {', '.join(GENERATING)}")
+    if not isinstance(request, dict):
+        raise bad_field("request", request, "the body of a request")
+    return path, encode_json(request), read_resumed(content.get("resumed"))
+
+
 def build_app(engine: Engine, config: ServerConfig | None = None) -> Starlette:
     """The ASGI application; `app.state.service` is its `Service`.
 
@@ -240,6 +312,7 @@ def build_app(engine: Engine, config: ServerConfig | None = None) -> Starlette:
         route("/v1/models/{name:path}", "GET", service.show_model),
         route("/v1/completions", "POST", service.completions),
         route("/v1/chat/completions", "POST", service.chat),
+        route(RESUME_PATH, "POST", service.resume),
         route("/v1/embeddings", "POST", service.embed),
         route("/prefix_cache/evictions", "GET", service.report_evictions),
         route("/v1/load_lora_adapter", "POST", service.load_adapter),

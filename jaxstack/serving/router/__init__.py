@@ -5,8 +5,9 @@ without jax, so that the same objects route in a simulator. They know of the rep
 and of what each client has had through `deficits.py`.
 
 A request comes in at `service.py`, which reads who asks and what prefixes its prompt has; `dispatch.py` asks the
-policy, sends it to a `replica.py`, and passes the answer on while `tally.py` reads along. `config.py` has the settings,
-`metrics.py` the figures, and `running.py` runs it all.
+policy, sends it to a `replica.py`, and passes the answer on while `tally.py` reads along; when the replica is lost in
+the middle, `migration.py` has what another needs to go on. `config.py` has the settings, `metrics.py` the figures, and
+`running.py` runs it all.
 """
 
 from jaxstack.serving.router.config import RouterConfig

@@ -22,8 +22,15 @@ class RouterConfig:
       failures_allowed: looks in a row that may time out before the replica counts as lost; one that refuses the
         connection is lost at once.
       connect_timeout_s: for a connection to a replica.
-      retries: how often a request is sent again because a replica was lost with it; nothing is sent again after the
-        first byte of an answer. (A request that a replica refuses for want of room goes to each of the others.)
+      retries: how often a request is sent again from the start because a replica was lost with it, nothing of its
+        answer being known yet. (A request that a replica refuses for want of room goes to each of the others.)
+      migration_limit: how often an answer that has begun is gone on with by another replica (`migration.py`), where
+        replicas are servers of ours; 0 never, and then nothing is done again after the first byte.
+      resume_timeout_s: how long such an answer waits for a replica that can go on with it; its client gets comments.
+      hold_timeout_s: how long a request waits for a replica that takes requests, instead of being refused at once.
+      silence_timeout_s: of a replica that has begun an answer, after which it is given up; servers of ours say at least
+        that they are there.
+      managed: replicas come and go by `POST /router/replicas`; there may be none at first.
       max_answer_bytes: of an answer that is not streamed.
       peers: URLs of other routers before the same replicas, to share deficits with.
       peer_interval_s: between two looks at their accounts.
@@ -40,21 +47,29 @@ class RouterConfig:
     failures_allowed: int = 2
     connect_timeout_s: float = 3.0
     retries: int = 2
+    migration_limit: int = 3
+    resume_timeout_s: float = 30.0
+    hold_timeout_s: float = 0.0
+    silence_timeout_s: float = 120.0
+    managed: bool = False
     max_answer_bytes: int = 256 * 2**20
     peers: tuple[str, ...] = ()
     peer_interval_s: float = 0.25
 
     def __post_init__(self) -> None:
-        if not self.replicas:
+        if not self.replicas and not self.managed:
             raise UserError("replicas: found none, expected at least one URL")
         for field in ("replicas", "peers"):
             names = [address(url, field) for url in getattr(self, field)]
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
                 raise UserError(f"{field}: found {twice[0]!r} twice, expected each once")
-        for name in ("health_interval_s", "health_timeout_s", "connect_timeout_s", "peer_interval_s"):
+        positive = ("health_interval_s", "health_timeout_s", "connect_timeout_s", "peer_interval_s")
+        for name in (*positive, "resume_timeout_s", "silence_timeout_s"):
             _check(getattr(self, name) > 0, name, getattr(self, name), "a positive number of seconds")
-        for name in ("failures_allowed", "retries"):
+        found = self.hold_timeout_s
+        _check(0 <= found < float("inf"), "hold_timeout_s", found, "a number of seconds >= 0")
+        for name in ("failures_allowed", "retries", "migration_limit"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "an integer >= 0")
         _check(self.max_answer_bytes >= 1, "max_answer_bytes", self.max_answer_bytes, "an integer >= 1")
         key = self.replica_api_key

@@ -1,8 +1,9 @@
 """The way of one request through the router: choose, send, pass the answer on, and try again where that is honest.
 
 A request may be sent again as long as its client has had nothing of an answer: the replica was lost, or has no room.
-From the first event on the answer is passed on event by event as it comes, no faster than the client takes it; if the
-replica is lost then, the stream ends with an error event.
+From the first event on the answer is passed on event by event as it comes, no faster than the client takes it. If the
+replica is lost then, another goes on with the answer where that is possible (`migration.py`): the client sees one
+stream. Where it is not, the stream ends with an error event.
 """
 
 import asyncio
@@ -11,23 +12,27 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from jaxstack.serving.errors import ApiError, unavailable
 from jaxstack.serving.exchange import Exchange
 from jaxstack.serving.prefix_keys import PrefixKeys
 from jaxstack.serving.router.config import RouterConfig
+from jaxstack.serving.router.migration import StreamJournal
 from jaxstack.serving.router.policies import RoutedRequest, RoutingPolicy
 from jaxstack.serving.router.replica import Replica, ReplicaLost
 from jaxstack.serving.router.tally import Tally
-from jaxstack.serving.router.upstream import UpstreamAnswer
+from jaxstack.serving.router.upstream import UpstreamAnswer, UpstreamError
 
 log = logging.getLogger(__name__)
 
 # Answers that say "not here, not now": another replica may have room.
 _ELSEWHERE = frozenset({429, 502, 503, 504})
 _KEPT_HEADERS = ("retry-after", "www-authenticate")
+_JOURNALED = frozenset({"/v1/completions", "/v1/chat/completions"})
+# Between two looks for a replica, where nobody will say that there is one; and between two signs of life to a client.
+_LOOK_S, _FULL_S, _COMMENT_S = 1.0, 0.25, 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Incoming:
     Attributes:
       prefix: what `routed` was made of.
       headers: for the replica.
+      stream: whether its client wants events.
     """
 
     path: str
@@ -44,6 +50,7 @@ class Incoming:
     headers: dict[str, str]
     prefix: PrefixKeys
     routed: RoutedRequest
+    stream: bool = False
 
 
 class _Refused(Exception):
@@ -54,10 +61,15 @@ class _Refused(Exception):
 
 @dataclasses.dataclass
 class Counts:
-    """Totals since the start. `outcomes` are by (replica, word)."""
+    """Totals since the start. `outcomes` are by (replica, word); `lost_answers` had begun and could not be ended."""
 
     outcomes: "collections.Counter[tuple[str, str]]" = dataclasses.field(default_factory=collections.Counter)
+    arrivals: int = 0
     resent: int = 0
+    resumed: int = 0
+    resumed_tokens: int = 0
+    lost_answers: int = 0
+    held: int = 0
     decisions: int = 0
     decision_seconds: float = 0.0
     prompt_tokens: int = 0
@@ -71,7 +83,7 @@ class Dispatcher:
     """Sends requests to replicas as a policy says, and keeps its books.
 
     Args:
-      replicas: all there are; their number is fixed.
+      replicas: all there are now.
 
     Attributes:
       bytes_per_token: of prompts, as the replicas' counts have it of late.
@@ -82,19 +94,27 @@ class Dispatcher:
         self.counts = Counts()
         self.bytes_per_token = 4.0
         self._ending = False
+        self._changed = asyncio.Event()
+
+    def changed(self) -> None:
+        """A replica takes requests that did not: whoever waits for one looks again."""
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     async def route(self, exchange: Exchange, incoming: Incoming) -> None:
         """Answers a request. Raises ApiError where no replica does."""
+        self.counts.arrivals += 1
+        journal = StreamJournal() if self.config.migration_limit and incoming.path in _JOURNALED else None
         refusals: dict[str, _Refused] = {}
         lost_with: list[Replica] = []
-        while len(lost_with) <= self.config.retries:
-            usable = [r for r in self.replicas if r.usable and r.name not in refusals]
-            if not usable:
+        deadline = _now() + self.config.hold_timeout_s
+        while not self._ending:
+            resuming = journal is not None and journal.resumable
+            replica = await self._find(exchange, incoming.routed, refusals, lost_with, deadline, patient=resuming)
+            if replica is None:
                 break
-            # One that lost it and is well again comes last.
-            replica = self._choose(incoming.routed, [r for r in usable if r not in lost_with] or usable)
             try:
-                await self._attempt(exchange, incoming, replica)
+                await self._attempt(exchange, incoming, replica, journal)
                 return
             except _Refused as refused:
                 refusals[replica.name] = refused
@@ -105,7 +125,20 @@ class Dispatcher:
                 )
                 if replica.state == "ready":
                     await replica.look()
+                if journal is not None and journal.resumable:
+                    if journal.resumptions == self.config.migration_limit:
+                        break
+                    journal.resumptions += 1
+                    refusals.clear()
+                    deadline = _now() + self.config.resume_timeout_s
+                    continue
+                if len(lost_with) > self.config.retries:
+                    break
             self.counts.resent += 1
+        if journal is not None and journal.resumable:
+            self.counts.lost_answers += 1
+            tries = f"after {journal.tokens} tokens and {journal.resumptions} resumptions"
+            raise ApiError(502, f"the replica was lost in the middle of this answer, {tries}", code="replica_lost")
         if self._ending:
             raise unavailable("the router is shutting down", "shutting_down", 10)
         if refusals:
@@ -124,6 +157,7 @@ class Dispatcher:
     def end_all(self) -> None:
         """Ends everything under way."""
         self._ending = True
+        self.changed()
         for replica in self.replicas:
             replica.interrupt()
 
@@ -138,9 +172,57 @@ class Dispatcher:
         self.counts.decision_seconds += time.perf_counter() - start
         return replica
 
-    async def _attempt(self, exchange: Exchange, incoming: Incoming, replica: Replica) -> None:
-        """Sends a request to one replica. Raises ReplicaLost or _Refused where another may be tried."""
+    async def _find(
+        self,
+        exchange: Exchange,
+        routed: RoutedRequest,
+        refusals: dict[str, _Refused],
+        lost_with: list[Replica],
+        deadline: float,
+        *,
+        patient: bool,
+    ) -> Replica | None:
+        """A replica that may be asked; waits for one until `deadline`. Whoever has refused is asked once more only if
+        `patient`.
+        """
+        held, told = False, _now()
+        while not self._ending:
+            usable = [r for r in self.replicas if r.usable and r.name not in refusals]
+            if usable:
+                # One that lost it and is well again comes last.
+                return self._choose(routed, [r for r in usable if r not in lost_with] or usable)
+            left = deadline - _now()
+            if left <= 0 or (refusals and not patient):
+                return None
+            if not held:
+                held = True
+                self.counts.held += 1
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), min(left, _FULL_S if refusals else _LOOK_S))
+            refusals.clear()
+            if exchange.started and _now() - told > _COMMENT_S:
+                told = _now()
+                await exchange.comment()
+        return None
+
+    async def _attempt(
+        self, exchange: Exchange, incoming: Incoming, replica: Replica, journal: StreamJournal | None
+    ) -> None:
+        """Sends a request, or what is left of it, to one replica. Raises ReplicaLost or _Refused where another may be
+        tried.
+        """
         routed, tally = incoming.routed, Tally()
+        path, body, headers = incoming.path, incoming.body, incoming.headers
+        resuming = journal is not None and journal.resumable
+        if journal is not None:
+            headers = headers | journal.headers
+            journal.attempt()
+            if resuming:
+                path, body = journal.resumption(path, body)
+                self.counts.resumed += 1
+                self.counts.resumed_tokens += journal.tokens
+                if exchange.started:
+                    await exchange.comment(b"resumed at " + replica.name.encode())
         self.counts.expected_cached_tokens += self._tell("cached", routed, replica) or 0
         self._tell("on_dispatch", routed, replica)
         replica.active += 1
@@ -148,16 +230,19 @@ class Dispatcher:
         outcome = "abandoned"  # unless it comes to something else: the client has left
         try:
             async with replica.while_alive():
-                answer = await replica.upstream.send("POST", incoming.path, incoming.headers, incoming.body)
+                answer = await replica.upstream.send("POST", path, headers, body)
                 with contextlib.closing(answer):
-                    await self._pass_on(exchange, answer, tally)
+                    if resuming and answer.status != 200:  # it cannot; whoever has begun this answer could
+                        raise _Refused(answer.status, {}, b"")
+                    await self._pass_on(exchange, answer, tally, journal, incoming.stream)
             outcome = "answered" if answer.status < 400 else "rejected"
         except _Refused:
             outcome = "refused"
             raise
         except ReplicaLost as lost:
             outcome = "lost"
-            if tally.events:
+            if tally.events and not (journal is not None and journal.resumable):
+                self.counts.lost_answers += 1
                 message = f"the replica was lost in the middle of this answer, after {tally.events} events"
                 raise ApiError(502, message, code="replica_lost") from lost
             if self._ending:
@@ -171,15 +256,30 @@ class Dispatcher:
             self.counts.outcomes[replica.name, outcome] += 1
             self._settle(incoming, replica, tally, kept=outcome in ("answered", "abandoned"))
 
-    async def _pass_on(self, exchange: Exchange, answer: UpstreamAnswer, tally: Tally) -> None:
+    async def _pass_on(
+        self, exchange: Exchange, answer: UpstreamAnswer, tally: Tally, journal: StreamJournal | None, stream: bool
+    ) -> None:
         kind = answer.headers.get("content-type", "application/json")
         if answer.status == 200 and kind.startswith("text/event-stream"):
-            async for piece in answer.pieces():
-                events = tally.events_of(piece)
+            whole: list[bytes] = []
+            async for piece in self._in_time(answer, journal):
+                committed = piece if journal is None else journal.take(piece)
+                if journal is not None and journal.kept and not stream:
+                    whole.append(committed)
+                    continue
+                events = tally.events_of(committed)
                 if events:
                     if not exchange.started:
                         await exchange.start_events()
                     await exchange.pass_on(events)
+            if journal is not None and journal.kept:
+                if not journal.complete:
+                    raise ReplicaLost("it broke off")
+                if not stream:
+                    body = b"".join(whole).rpartition(b"data: ")[2].rstrip()
+                    tally.whole(body)
+                    await exchange.answer_bytes(body, "application/json", journal.status)
+                    return
             last = tally.end_of_events()
             if not exchange.started:
                 await exchange.start_events()
@@ -201,6 +301,26 @@ class Dispatcher:
             await self._pass_refusal(exchange, _Refused(answer.status, headers, body))
         else:
             await exchange.answer_bytes(body, kind, answer.status, headers)
+
+    async def _in_time(self, answer: UpstreamAnswer, journal: StreamJournal | None) -> AsyncIterator[bytes]:
+        """What comes of an answer. Raises UpstreamError where one that could go on elsewhere has stopped coming."""
+        async with contextlib.aclosing(answer.pieces()) as pieces:
+            while True:
+                kept = journal is not None and journal.kept
+                try:
+                    async with asyncio.timeout(self.config.silence_timeout_s if kept else None) as limit:
+                        piece = await anext(pieces, None)
+                except TimeoutError:
+                    if not limit.expired():
+                        raise
+                    raise UpstreamError(f"it said nothing for {self.config.silence_timeout_s} s") from None
+                except UpstreamError:
+                    if journal is None or not journal.complete:
+                        raise
+                    return  # lost behind the last word
+                if piece is None:
+                    return
+                yield piece
 
     async def _pass_refusal(self, exchange: Exchange, refused: _Refused) -> None:
         if exchange.started:
@@ -239,6 +359,10 @@ class Dispatcher:
 
     def restarted(self, replica: Replica) -> None:
         self._tell("on_restart", replica)
+
+
+def _now() -> float:
+    return time.monotonic()
 
 
 async def forward(exchange: Exchange, replicas: Sequence[Replica], body: bytes | None, headers: dict[str, str]) -> bool:

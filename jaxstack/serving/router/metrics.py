@@ -42,7 +42,12 @@ class RouterMetrics(Collector):
         yield up
         yield active
         for name, text, value in (
+            ("arrivals", "Requests that have come.", counts.arrivals),
             ("resent", "Requests sent to a second replica, or a third.", counts.resent),
+            ("resumed", "Answers that another replica went on with.", counts.resumed),
+            ("resumed_tokens", "Tokens there were of them already.", counts.resumed_tokens),
+            ("lost_answers", "Answers that had begun and could not be ended.", counts.lost_answers),
+            ("held", "Requests that waited for a replica.", counts.held),
             ("decisions", "Choices of a replica.", counts.decisions),
             ("decision_seconds", "Time taken by them.", counts.decision_seconds),
             ("prompt_tokens", "Of answered requests, as the replicas count them.", counts.prompt_tokens),

@@ -31,6 +31,7 @@ class Replica:
       url: `http://HOST:PORT`.
       on_evicted: called with keys that its cache has lost.
       on_restart: called when the cache has lost everything.
+      on_ready: called when it takes requests (again).
 
     Attributes:
       name: HOST:PORT.
@@ -48,9 +49,11 @@ class Replica:
         config: RouterConfig,
         on_evicted: Callable[["Replica", Sequence[int]], None],
         on_restart: Callable[["Replica"], None],
+        on_ready: Callable[[], None] = lambda: None,
     ):
         self.url, self.name = url, urlsplit(url).netloc
         self._config, self._on_evicted, self._on_restart = config, on_evicted, on_restart
+        self._on_ready = on_ready
         key = config.replica_api_key
         own = {"authorization": f"Bearer {key}"} if key else {}
         self.upstream = Upstream(url, config.connect_timeout_s, own)
@@ -154,9 +157,10 @@ class Replica:
             return
         self._failures = 0
         if status < 500:
-            if self.state != "ready":
+            before, self.state, self.why = self.state, "ready", ""
+            if before != "ready":
                 log.info("replica %s is ready", self.name)
-            self.state, self.why = "ready", ""
+                self._on_ready()
         else:
             self.state, self.why = "busy", _message(body) or f"its health is {status}"
 

@@ -14,6 +14,7 @@ import httpx
 from starlette.applications import Starlette
 from starlette.routing import Route
 
+from jaxstack.runtime.errors import UserError
 from jaxstack.serving.application import Endpoint, Handler, application
 from jaxstack.serving.clients import caller_of
 from jaxstack.serving.errors import ApiError, bad_field, unavailable
@@ -52,6 +53,8 @@ class RouterService:
         # The replicas' clients belong to the loop of `lifespan`.
         self.dispatcher = Dispatcher([], policy, config)
         self.metrics = RouterMetrics(self.dispatcher)
+        self._caring: dict[Replica, asyncio.Task[None]] = {}
+        self._retiring: dict[Replica, asyncio.Task[None]] = {}
 
     @property
     def dead(self) -> bool:
@@ -63,17 +66,14 @@ class RouterService:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        dispatcher = self.dispatcher
-        dispatcher.replicas = [
-            Replica(address(url, "replicas"), self.config, dispatcher.evicted, dispatcher.restarted)
-            for url in self.config.replicas
-        ]
-        tasks = [asyncio.create_task(replica.run()) for replica in dispatcher.replicas]
-        tasks += [asyncio.create_task(self._follow(address(url, "peers"))) for url in self.config.peers]
+        for url in self.config.replicas:
+            self._add(address(url, "replicas"))
+        tasks = [asyncio.create_task(self._follow(address(url, "peers"))) for url in self.config.peers]
         tasks.append(asyncio.create_task(self._first_look()))
         try:
             yield
         finally:
+            tasks += [*self._caring.values(), *self._retiring.values()]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -127,7 +127,12 @@ class RouterService:
             "active": self.active,
             "draining": self.draining,
             "up_s": round(time.time() - self._since, 1),
+            "arrivals": counts.arrivals,
             "resent": counts.resent,
+            "resumed": counts.resumed,
+            "resumed_tokens": counts.resumed_tokens,
+            "lost_answers": counts.lost_answers,
+            "held": counts.held,
             "outcomes": {f"{name} {outcome}": n for (name, outcome), n in sorted(counts.outcomes.items())},
             "cached_share": round(counts.cached_tokens / counts.prompt_tokens, 4) if counts.prompt_tokens else None,
             "bytes_per_token": round(self.dispatcher.bytes_per_token, 3),
@@ -146,6 +151,28 @@ class RouterService:
         known[name].draining = wanted
         await exchange.answer({"replica": name, **known[name].as_json()})
 
+    async def set_replicas(self, exchange: Exchange) -> None:
+        """Says which replicas there are. New ones get requests once they answer; those left out get no more, and are
+        forgotten when what they are answering is over, or at once if they are `lost`: then it goes on elsewhere.
+        """
+        body = read_json(await exchange.body())
+        urls, lost = (_urls(body.get(field, []), field) for field in ("replicas", "lost"))
+        known = {replica.url: replica for replica in self.replicas}
+        for url in lost:
+            if url in known:
+                await self._forget(known.pop(url), lost=True)
+        for url in urls:
+            if url in known:
+                known[url].draining = False
+            else:
+                self._add(url)
+        for url in known.keys() - set(urls):
+            replica = known[url]
+            replica.draining = True
+            if replica not in self._retiring:
+                self._retiring[replica] = asyncio.create_task(self._retire(replica))
+        await exchange.answer({"replicas": {replica.name: replica.as_json() for replica in self.replicas}})
+
     async def show_ledger(self, exchange: Exchange) -> None:
         """This router's own part of the deficits, for its peers."""
         if not isinstance(self.policy, D2Lpm):
@@ -157,6 +184,31 @@ class RouterService:
         await exchange.answer({"router": self.id, **self.policy.deficits.changes(int(since.group(1)))})
 
     # Inside.
+
+    def _add(self, url: str) -> None:
+        dispatcher = self.dispatcher
+        replica = Replica(url, self.config, dispatcher.evicted, dispatcher.restarted, dispatcher.changed)
+        dispatcher.replicas = [*dispatcher.replicas, replica]
+        self._caring[replica] = asyncio.create_task(replica.run())
+
+    async def _retire(self, replica: Replica) -> None:
+        while replica.draining and replica.active and replica.state != "down":
+            await asyncio.sleep(0.05)
+        del self._retiring[replica]
+        if replica.draining:
+            await self._forget(replica, lost=False)
+
+    async def _forget(self, replica: Replica, *, lost: bool) -> None:
+        dispatcher = self.dispatcher
+        dispatcher.replicas = [other for other in dispatcher.replicas if other is not replica]
+        if lost:
+            replica.lost("it has been taken away")
+        dispatcher.restarted(replica)
+        if replica in self._retiring:
+            self._retiring.pop(replica).cancel()
+        caring = self._caring.pop(replica)
+        caring.cancel()
+        await asyncio.gather(caring, return_exceptions=True)
 
     async def _read(self, exchange: Exchange) -> Incoming:
         body = await exchange.body()
@@ -172,7 +224,7 @@ class RouterService:
         headers = self._headers(exchange, client)
         if content.get("stream"):
             headers[WANT_USAGE] = "1"
-        return Incoming(exchange.scope["path"], body, headers, prefix, routed)
+        return Incoming(exchange.scope["path"], body, headers, prefix, routed, bool(content.get("stream")))
 
     def _headers(self, exchange: Exchange, client: str | None) -> dict[str, str]:
         """For the replica. The request's own name is kept, or made, and goes to the client as well."""
@@ -229,6 +281,15 @@ def _look_at(body: bytes) -> tuple[dict[str, Any], PrefixKeys]:
     return content, keys_of_body(content)
 
 
+def _urls(found: Any, field: str) -> list[str]:
+    try:
+        if isinstance(found, list) and all(isinstance(url, str) for url in found):
+            return list(dict.fromkeys(address(url, field) for url in found))
+    except UserError as error:
+        raise ApiError(400, str(error), param=field) from None
+    raise bad_field(field, found, "a list of URLs")
+
+
 def build_router(config: RouterConfig, policy: RoutingPolicy) -> Starlette:
     """The ASGI application; `app.state.service` is its `RouterService`."""
     service = RouterService(config, policy)
@@ -242,6 +303,7 @@ def build_router(config: RouterConfig, policy: RoutingPolicy) -> Starlette:
         route("/metrics", "GET", service.show_metrics, needs_key=False),
         route("/router/status", "GET", service.show_status),
         route("/router/drain", "POST", service.drain),
+        *([route("/router/replicas", "POST", service.set_replicas)] if config.managed else []),
         route("/router/ledger", "GET", service.show_ledger),
         route("/v1/completions", "POST", service.generate),
         route("/v1/chat/completions", "POST", service.generate),

@@ -9,7 +9,7 @@ import collections
 import contextlib
 import ssl
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from urllib.parse import urlsplit
 
 import h11
@@ -137,7 +137,7 @@ class UpstreamAnswer:
         self.status = head.status_code
         self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in head.headers}
 
-    async def pieces(self) -> AsyncIterator[bytes]:
+    async def pieces(self) -> AsyncGenerator[bytes]:
         """The body as it comes, at least a read at a time. Raises UpstreamError if it breaks off."""
         connection = self._connection
         assert connection is not None
