@@ -1,8 +1,9 @@
 """The router: one OpenAI endpoint before several replicas, servers of ours or any others that speak OpenAI.
 
 `policies.py` decides who gets a request (round robin, least load, cache-aware, Preble, D2LPM), in plain Python and
-without jax, so that the same objects route in a simulator. They know of the replicas' caches through `prefix_tree.py`,
-and of what each client has had through `deficits.py`.
+without jax, so that the same objects route in a simulator. They know of the replicas' caches through
+`prefix_tree.py`, and of what each client has had through `deficits.py`; `mixed_fleet.py` has those that choose among
+replicas of different kinds.
 
 A request comes in at `service.py`, which reads who asks and what prefixes its prompt has; `dispatch.py` asks the
 policy, sends it to a `replica.py`, and passes the answer on while `tally.py` reads along; when the replica is lost in
