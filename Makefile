@@ -5,8 +5,9 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PEERS := .venv-peers
 LLAMA_CPP := .venv-llama-cpp
+DEEPXDE := .venv-deepxde
 
-.PHONY: help venv demo test browser lint serve peers peer-llama-cpp clean
+.PHONY: help venv demo test browser lint serve peers peer-llama-cpp peer-deepxde peer-deepxde-torch clean
 
 help:
 	@echo "make demo    set up, serve the embedded model, let it solve held-out problems"
@@ -14,6 +15,7 @@ help:
 	@echo "make test    the test suite        make lint   style, floors, types"
 	@echo "make peers   a second environment with what the benchmarks compare against"
 	@echo "make peer-llama-cpp   one more, with llama.cpp, compiled here (many minutes)"
+	@echo "make peer-deepxde   one more, with DeepXDE on JAX; make peer-deepxde-torch adds PyTorch to it"
 	@echo "make clean   remove environments, caches and work directories"
 
 venv: $(STAMP)
@@ -68,6 +70,17 @@ $(LLAMA_CPP)/.installed: constraints-peer-llama-cpp.txt
 	$(LLAMA_CPP)/bin/python -m pip install --disable-pip-version-check -r constraints-peer-llama-cpp.txt
 	@touch $@
 
+peer-deepxde: $(DEEPXDE)/.installed
+
+$(DEEPXDE)/.installed: constraints-peer-deepxde.txt
+	@test -x $(DEEPXDE)/bin/python || $(PYTHON) -m venv $(DEEPXDE)
+	$(DEEPXDE)/bin/python -m pip install --disable-pip-version-check -r constraints-peer-deepxde.txt
+	@touch $@
+
+# DeepXDE's L-BFGS lives in its PyTorch backend alone.
+peer-deepxde-torch: peer-deepxde
+	$(DEEPXDE)/bin/python -m pip install --disable-pip-version-check -c constraints-peers.txt torch
+
 clean:
-	rm -rf $(VENV) $(PEERS) $(LLAMA_CPP) build dist *.egg-info work .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(LLAMA_CPP) $(DEEPXDE) build dist *.egg-info work .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

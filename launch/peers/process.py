@@ -45,6 +45,7 @@ class PeerProcess:
       log_file: receives what the child prints beside its answers.
       environment: variables set for the child, on top of ours.
       name: for error messages.
+      target: what makes its environment, for the message that something is missing there.
     """
 
     def __init__(
@@ -54,8 +55,9 @@ class PeerProcess:
         log_file: Path,
         environment: Mapping[str, str] | None = None,
         name: str = "",
+        target: str = "peers",
     ):
-        self.name = name or Path(command[-1]).name
+        self.name, self._target = name or Path(command[-1]).name, target
         self.log_file = log_file
         log_file.parent.mkdir(parents=True, exist_ok=True)
         with log_file.open("w") as log:
@@ -151,5 +153,5 @@ class PeerProcess:
         code = self._child.wait()
         lines = [line for line in self.log_file.read_text(errors="replace").splitlines() if line.strip()]
         last = lines[-1][-300:] if lines else "it printed nothing"
-        hint = "; `make peers` installs what it needs" if "ModuleNotFoundError" in last else ""
+        hint = f"; `make {self._target}` installs what it needs" if "ModuleNotFoundError" in last else ""
         return UserError(f"{self.name}: ended with exit code {code}: {last}{hint} (log: {self.log_file})")
