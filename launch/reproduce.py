@@ -22,6 +22,7 @@ PAPERS: Mapping[str, str] = {
     "pdhg": "launch.papers.pdhg",
     "moe_lightning": "launch.papers.moe_lightning",
     "pie": "launch.papers.pie",
+    "skyserve": "launch.papers.skyserve",
 }
 """Name of a paper -> the module that reproduces it: it defines its flags when imported, and has `run(workdir)`."""
 

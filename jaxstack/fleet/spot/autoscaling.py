@@ -12,6 +12,10 @@ class Autoscaler(Protocol):
 
     def target(self, now_s: float, request_rate_rps: float) -> int: ...
 
+    def steady_until_s(self, request_rate_rps: float) -> float:
+        """Until when the last target stands at this rate, whether `target` is called meanwhile or not."""
+        ...
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -27,6 +31,9 @@ class FixedTarget:
 
     def target(self, now_s: float, request_rate_rps: float) -> int:
         return self._replicas
+
+    def steady_until_s(self, request_rate_rps: float) -> float:
+        return math.inf
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -96,6 +103,9 @@ class RequestRateAutoscaler(_ByRate):
             self._settle(max(wanted, min(1, self._target)))
         return self._target
 
+    def steady_until_s(self, request_rate_rps: float) -> float:
+        return math.inf if self.candidate(request_rate_rps) == self._target else -math.inf
+
     def _settle(self, target: int) -> None:
         self._target, self._above_since_s, self._below_since_s = target, None, None
 
@@ -127,6 +137,9 @@ class PeakHold(_ByRate):
         while self._rates[0][0] < now_s - self._window_s:
             self._rates.popleft()
         return self.candidate(self._rates[0][1])
+
+    def steady_until_s(self, request_rate_rps: float) -> float:
+        return -math.inf  # it has to hear how long a rate lasts
 
     def state_dict(self) -> dict[str, Any]:
         return {"rates": [list(pair) for pair in self._rates]}

@@ -24,6 +24,10 @@ class Mixture(Protocol):
 
     def wanted(self, target: int, census: Census, now_s: float) -> Wanted: ...
 
+    def steady_until_s(self, now_s: float) -> float:
+        """Until when the answer stands for the same target and census."""
+        ...
+
     def on_preempted(self, zone: str, now_s: float) -> None: ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -32,6 +36,9 @@ class Mixture(Protocol):
 
 
 class _Stateless:
+    def steady_until_s(self, now_s: float) -> float:
+        return math.inf
+
     def on_preempted(self, zone: str, now_s: float) -> None:
         pass
 
@@ -131,6 +138,10 @@ class RiskWindow:
             if now_s - when_s < self._window_s:
                 on_demand = max(on_demand, target - (spot - ready.get(zone, 0)))
         return Wanted(plain.spot, min(target, on_demand))
+
+    def steady_until_s(self, now_s: float) -> float:
+        ends = [when_s + self._window_s for when_s in self._preempted_s.values()]
+        return min([end_s for end_s in ends if end_s > now_s], default=self._inner.steady_until_s(now_s))
 
     def on_preempted(self, zone: str, now_s: float) -> None:
         self._preempted_s[zone] = now_s

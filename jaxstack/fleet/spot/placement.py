@@ -241,17 +241,19 @@ class EvenSpread(_Unmoved):
     """The same number of replicas in every zone, whatever the zones have to give.
 
     Args:
-      replicas: of all zones together; the zones that come first by name hold what is left over.
+      replicas: of all zones together; zones at even distances in the list hold what is left over.
     """
 
     def __init__(self, replicas: int):
         self._replicas = replicas
 
     def place(self, missing: int, counts: Mapping[str, int], prices: Mapping[str, float], now_s: float) -> list[str]:
-        each, over = divmod(self._replicas, max(1, len(prices)))
+        zones = sorted(prices)
+        each, over = divmod(self._replicas, max(1, len(zones)))
+        more = {place * len(zones) // over for place in range(over)}
         chosen: list[str] = []
-        for place, zone in enumerate(sorted(prices)):
-            chosen += [zone] * max(0, each + (place < over) - counts.get(zone, 0))
+        for place, zone in enumerate(zones):
+            chosen += [zone] * max(0, each + (place in more) - counts.get(zone, 0))
         return chosen[: max(0, missing)]
 
 

@@ -118,13 +118,14 @@ class ServingPolicy:
         launches: list[Launch] = []
         terminations: list[Termination] = []
         alerts: list[str] = []
-        retry = False
+        retry, whole = False, True
         held = now_s < self._hold_until_s
         for kind in KINDS:
             count = wanted.spot if kind == "spot" else wanted.on_demand
             replicas = [r for r in view.replicas if r.kind == kind and r.state in ADVANCE]
             leaving = self._leaving(replicas, count, now_s) if kind == "spot" else None
             missing = count - len(replicas) + (leaving is not None)
+            whole &= missing == 0
             if missing > 0 and not held:
                 prices = {zone: price.of(kind) for zone, price in view.prices.items()}
                 placer = self.placers[kind]
@@ -143,7 +144,10 @@ class ServingPolicy:
                 f"launches fail for a reason that is the service's own ({self._hold_reason}, {self._service_failures} "
                 f"in a row); next try in {self._hold_until_s - now_s:.0f} s"
             )
-        return Decision(target, tuple(launches), tuple(terminations), retry, tuple(alerts))
+        quiet_until_s = -math.inf
+        if whole and not (launches or terminations or alerts):
+            quiet_until_s = self._quiet_until_s(view)
+        return Decision(target, tuple(launches), tuple(terminations), retry, tuple(alerts), quiet_until_s)
 
     def on_event(self, event: ReplicaEvent) -> None:
         """Hears what became of a replica."""
@@ -211,6 +215,15 @@ class ServingPolicy:
         if move is not None:
             zone, old = move
             launches.append(Launch(zone, "spot", f"cheaper than {old.zone}"))
+
+    def _quiet_until_s(self, view: FleetView) -> float:
+        """Until when a whole fleet stays as it is if nothing happens to it."""
+        until_s = min(self.autoscaler.steady_until_s(view.request_rate_rps), self.mixture.steady_until_s(view.now_s))
+        if self.rebalancer is not None:
+            spot = [replica for replica in view.replicas if replica.kind == "spot" and replica.state in ADVANCE]
+            prices = {zone: price.spot_usd_per_hour for zone, price in view.prices.items()}
+            until_s = min(until_s, self.rebalancer.steady_until_s(spot, prices, view.now_s))
+        return until_s
 
     def _any_open(self, placer: Placer, view: FleetView) -> bool:
         return not isinstance(placer, ZonePlacer) or any(not placer.left_alone(z, view.now_s) for z in view.prices)

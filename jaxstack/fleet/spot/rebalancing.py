@@ -88,6 +88,15 @@ class PriceRebalancer:
                 return min(cheaper, key=lambda zone: (prices[zone], zone)), old
         return None
 
+    def steady_until_s(self, spot: Sequence[ReplicaView], prices: Mapping[str, float], now_s: float) -> float:
+        """Until when no move begins or ends while the replicas stay as they are."""
+        if self._leaving is not None:
+            return -math.inf
+        dearest = max((prices.get(replica.zone, math.inf) for replica in spot), default=0.0)
+        limit = dearest * (1 - self._config.min_saving)
+        pay_s = [self._settled_since(zone) + self._config.after_s for zone, price in prices.items() if price < limit]
+        return min([when_s for when_s in pay_s if when_s > now_s], default=math.inf)
+
     def state_dict(self) -> dict[str, Any]:
         return {"leaving": self._leaving, "began_s": None if self._leaving is None else self._began_s}
 

@@ -6,6 +6,7 @@ gone at the next tick's bill. Where nothing is ever stopped, the ready replicas 
 during a cold start.
 """
 
+import bisect
 import collections
 import itertools
 import math
@@ -129,7 +130,8 @@ def simulate(
       cold_start_s: from launch to ready, for both kinds; rounded up to ticks.
       request_rates_rps: what the autoscaler is told at each tick; by default 0.
       on_demand_capacity: on-demand replicas that a zone has room for; None: any number.
-      on_tick: told the view and the first decision of each tick.
+      on_tick: told the view and the first decision of each tick. Without it, ticks are passed over at which nothing
+        happens and the policy has said that it has nothing to do.
 
     Raises:
       UserError: the trace has no tick, or the rates are not as many as the ticks.
@@ -143,13 +145,29 @@ def simulate(
         )
     run = _Run(trace, policy, tick_s, math.ceil(cold_start_s / tick_s - 1e-9), on_demand_capacity)
     rows = capacity.T.tolist()
+    changes = (np.flatnonzero((capacity[:, 1:] != capacity[:, :-1]).any(0)) + 1).tolist()
+    told = [] if request_rates_rps is None else request_rates_rps
+    rate_changes = [t for t in range(1, len(told)) if told[t] != told[t - 1]]
     ready, on_demand, targets = (np.zeros(ticks, np.int64) for _ in range(3))
     spot_by_zone, bill = np.zeros((len(trace.zones), ticks), np.int64), np.zeros(ticks)
-    for tick, room in enumerate(rows):
+    tick = 0
+    while tick < ticks:
         rate = 0.0 if request_rates_rps is None else request_rates_rps[tick]
-        targets[tick] = run.tick(tick, room, rate, on_tick)
-        ready[tick], on_demand[tick], bill[tick] = run.ready, run.on_demand, run.bill
-        spot_by_zone[:, tick] = [len(zone.spot) for zone in run.zones.values()]
+        target, quiet_until_s = run.tick(tick, rows[tick], rate, on_tick)
+        end = tick + 1
+        if on_tick is None and quiet_until_s > end * tick_s:
+            end = run.next_event(tick, rows, changes, quiet_until_s)
+            place = bisect.bisect_right(rate_changes, tick)
+            end = min([end, *rate_changes[place : place + 1]])
+        held = [len(zone.spot) for zone in run.zones.values()]
+        if end == tick + 1:
+            targets[tick], ready[tick], on_demand[tick], bill[tick] = target, run.ready, run.on_demand, run.bill
+            spot_by_zone[:, tick] = held
+        else:
+            now = slice(tick, end)
+            targets[now], ready[now], on_demand[now], bill[now] = target, run.ready, run.on_demand, run.bill
+            spot_by_zone[:, now] = np.array(held)[:, None]
+        tick = end
     return SimulationResult(
         ready,
         spot_by_zone,
@@ -188,8 +206,8 @@ class _Run:
 
     def tick(
         self, tick: int, room: Sequence[int], rate: float, on_tick: Callable[[FleetView, Decision], None] | None
-    ) -> int:
-        """Returns the target."""
+    ) -> tuple[int, float]:
+        """Returns the target, and until when the policy has nothing to do."""
         now_s = tick * self.tick_s
         self.room = dict(zip(self.names, room))
         for name, zone in self.zones.items():
@@ -207,7 +225,25 @@ class _Run:
             if not (failed and decision.retry_at_once):
                 break
             decision = self.policy.decide(self._view(now_s, rate))
-        return target
+        return target, decision.quiet_until_s
+
+    def next_event(self, tick: int, rows: Sequence[Sequence[int]], changes: Sequence[int], quiet_until_s: float) -> int:
+        """The next tick at which a replica is ready or lost, the policy wants to be asked, or time is over."""
+        while self.starting and not self.starting[0].alive:
+            self.starting.popleft()
+        end = len(rows)
+        if quiet_until_s < end * self.tick_s:
+            end = math.ceil(quiet_until_s / self.tick_s - 1e-9)
+        if self.starting:
+            end = min(end, self.starting[0].ready_tick)
+        held = [(place, len(zone.spot)) for place, zone in enumerate(self.zones.values()) if zone.spot]
+        for change in changes[bisect.bisect_right(changes, tick) :]:
+            if change >= end:
+                break
+            room = rows[change]
+            if any(room[place] < count for place, count in held):
+                return change
+        return max(end, tick + 1)
 
     def finish(self, ticks: int) -> tuple[ReadySpan, ...]:
         """All spans, by their start; those still ready end with the trace."""

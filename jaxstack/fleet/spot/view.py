@@ -4,6 +4,7 @@ Times are seconds on one clock that never runs backwards; prices are US dollars 
 """
 
 import enum
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -143,6 +144,8 @@ class Decision:
       terminations: replicas that were launched; ending one twice is harmless.
       retry_at_once: decide again as soon as launches have failed, without waiting for the next turn.
       alerts: sentences for the operator.
+      quiet_until_s: there is nothing to do until then, as long as no replica changes its state and the rate of requests
+        stays as it is: nobody needs to ask.
     """
 
     target: int
@@ -150,6 +153,7 @@ class Decision:
     terminations: tuple[Termination, ...] = ()
     retry_at_once: bool = False
     alerts: tuple[str, ...] = ()
+    quiet_until_s: float = -math.inf
 
 
 @dataclass
