@@ -54,6 +54,9 @@ _MIGRATIONS = flags.DEFINE_integer(
     "migration_limit", _ROUTER.migration_limit, "how often an answer whose replica is lost goes on with another"
 )
 _RESUME = flags.DEFINE_float("resume_timeout_s", _ROUTER.resume_timeout_s, "how long it waits for one, seconds")
+_SILENCE = flags.DEFINE_float(
+    "silence_timeout_s", _ROUTER.silence_timeout_s, "a replica that says nothing so long in an answer is given up"
+)
 _HOLD = flags.DEFINE_float(
     "hold_timeout_s", _ROUTER.hold_timeout_s, "how long a request waits for any replica, seconds"
 )
@@ -83,6 +86,7 @@ def run() -> dict[str, Any]:
         migration_limit=_MIGRATIONS.value,
         resume_timeout_s=_RESUME.value,
         hold_timeout_s=_HOLD.value,
+        silence_timeout_s=_SILENCE.value,
         managed=_MANAGED.value,
         peers=tuple(_PEERS.value),
     )

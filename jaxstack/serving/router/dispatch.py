@@ -87,6 +87,7 @@ class Dispatcher:
 
     Attributes:
       bytes_per_token: of prompts, as the replicas' counts have it of late.
+      waiting: requests that wait for a replica.
     """
 
     def __init__(self, replicas: Sequence[Replica], policy: RoutingPolicy, config: RouterConfig):
@@ -95,6 +96,7 @@ class Dispatcher:
         self.bytes_per_token = 4.0
         self._ending = False
         self._changed = asyncio.Event()
+        self.waiting = 0
 
     def changed(self) -> None:
         """A replica takes requests that did not: whoever waits for one looks again."""
@@ -186,24 +188,28 @@ class Dispatcher:
         `patient`.
         """
         held, told = False, _now()
-        while not self._ending:
-            usable = [r for r in self.replicas if r.usable and r.name not in refusals]
-            if usable:
-                # One that lost it and is well again comes last.
-                return self._choose(routed, [r for r in usable if r not in lost_with] or usable)
-            left = deadline - _now()
-            if left <= 0 or (refusals and not patient):
-                return None
-            if not held:
-                held = True
-                self.counts.held += 1
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), min(left, _FULL_S if refusals else _LOOK_S))
-            refusals.clear()
-            if exchange.started and _now() - told > _COMMENT_S:
-                told = _now()
-                await exchange.comment()
-        return None
+        try:
+            while not self._ending:
+                usable = [r for r in self.replicas if r.usable and r.name not in refusals]
+                if usable:
+                    # One that lost it and is well again comes last.
+                    return self._choose(routed, [r for r in usable if r not in lost_with] or usable)
+                left = deadline - _now()
+                if left <= 0 or (refusals and not patient):
+                    return None
+                if not held:
+                    held = True
+                    self.counts.held += 1
+                    self.waiting += 1
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), min(left, _FULL_S if refusals else _LOOK_S))
+                refusals.clear()
+                if exchange.started and _now() - told > _COMMENT_S:
+                    told = _now()
+                    await exchange.comment()
+            return None
+        finally:
+            self.waiting -= held
 
     async def _attempt(
         self, exchange: Exchange, incoming: Incoming, replica: Replica, journal: StreamJournal | None

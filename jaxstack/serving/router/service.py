@@ -133,6 +133,7 @@ class RouterService:
             "resumed_tokens": counts.resumed_tokens,
             "lost_answers": counts.lost_answers,
             "held": counts.held,
+            "waiting": self.dispatcher.waiting,
             "outcomes": {f"{name} {outcome}": n for (name, outcome), n in sorted(counts.outcomes.items())},
             "cached_share": round(counts.cached_tokens / counts.prompt_tokens, 4) if counts.prompt_tokens else None,
             "bytes_per_token": round(self.dispatcher.bytes_per_token, 3),
