@@ -1,7 +1,6 @@
 """The serving policy that a service file asks for."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from jaxstack.fleet.controller.service_spec import ServiceSpec
 from jaxstack.fleet.spot.autoscaling import Autoscaler, FixedTarget, RequestRateAutoscaler
@@ -13,25 +12,15 @@ from jaxstack.fleet.spot.view import Census
 
 
 @dataclass(frozen=True)
-class SpotAboveBase:
+class SpotAboveBase(SpotOnly):
     """So many on-demand replicas always, and the rest spot, whether these are ready or not."""
 
-    base_on_demand: int
-    overprovision: int = 0
+    base_on_demand: int = 0
 
     def wanted(self, target: int, census: Census, now_s: float) -> Wanted:
         if target == 0:
             return Wanted(0, 0)
         return Wanted(max(0, target + self.overprovision - self.base_on_demand), min(target, self.base_on_demand))
-
-    def on_preempted(self, zone: str, now_s: float) -> None:
-        pass
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
 
 
 def policy_of(spec: ServiceSpec) -> ServingPolicy:
@@ -56,7 +45,7 @@ def policy_of(spec: ServiceSpec) -> ServingPolicy:
     elif asked.fallback:
         mixture = DynamicFallback(over, asked.base_on_demand)
     elif asked.base_on_demand:
-        mixture = SpotAboveBase(asked.base_on_demand, over)
+        mixture = SpotAboveBase(over, asked.base_on_demand)
     else:
         mixture = SpotOnly(over)
     if spec.spot and more.risk_window_s is not None:

@@ -1,0 +1,211 @@
+"""Replicas that are real processes: started once, found again, killed whole, kept by controllers that are killed."""
+
+import asyncio
+import dataclasses
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from in_memory import Killed, Proxy
+
+from jaxstack.fleet.controller import Controller, FleetState, LaunchFailed, LocalProvisioner, Preemptor, ReplicaSpec
+from jaxstack.fleet.controller.controller import Service
+from jaxstack.fleet.controller.page import snapshot, table
+from jaxstack.fleet.controller.proxy import HttpProbe, ProxyProcess
+from jaxstack.fleet.controller.running import bring_down
+from jaxstack.fleet.controller.service_spec import ReadinessProbe, VirtualZone
+from jaxstack.fleet.spot.autoscaling import FixedTarget
+from jaxstack.fleet.spot.placement import Backoff
+from jaxstack.fleet.spot.policy import spothedge
+from jaxstack.fleet.spot.traces import SpotTrace
+
+ZONES = tuple(VirtualZone(name, capacity=3) for name in "abc")
+PROBE = ReadinessProbe("/", initial_delay_s=30.0, timeout_s=2.0, interval_s=0.2)
+# The smallest server there is; a process of its own below the shell, as a real one has.
+SERVER = """$PYTHON -S -c '
+import os, socket
+server = socket.create_server(("127.0.0.1", int(os.environ["PORT"])))
+print("listening", flush=True)
+while True:
+    connection, _ = server.accept()
+    connection.recv(65536)
+    connection.sendall(b"HTTP/1.1 200 OK\\r\\nconnection: close\\r\\ncontent-length: 2\\r\\n\\r\\nok")
+    connection.close()
+'"""
+SPEC = ReplicaSpec(SERVER)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[LocalProvisioner]:
+    place = LocalProvisioner(tmp_path, ZONES)
+    yield place
+    for folder in (tmp_path / "replicas").iterdir():
+        place.kill(folder.name)
+    for child in place._children:
+        child.wait(10)
+
+
+def until(holds: Callable[[], object], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def alive(place: LocalProvisioner) -> list[str]:
+    return [o.replica_id for o in asyncio.run(place.observe()) if o.alive]
+
+
+def test_a_replica_starts_once_and_is_found_by_another(place: LocalProvisioner, tmp_path: Path) -> None:
+    first = asyncio.run(place.launch("s-1", "a", "spot", SPEC))
+    other = LocalProvisioner(tmp_path, ZONES)  # of a controller that came later
+    assert asyncio.run(other.launch("s-1", "a", "spot", SPEC)) == first
+    until(lambda: asyncio.run(place.last_lines("s-1", 1)) == ["listening"])
+    assert httpx.get(first.url, trust_env=False).text == "ok"
+    (seen,) = asyncio.run(other.observe())
+    assert (seen.replica_id, seen.zone, seen.kind, seen.alive, seen.handle) == ("s-1", "a", "spot", True, first)
+    # Killed by another; the server goes with its shell.
+    asyncio.run(other.terminate("s-1"))
+    until(lambda: alive(place) == [])
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(first.url, trust_env=False)
+    with pytest.raises(LaunchFailed, match="is gone"):
+        asyncio.run(place.launch("s-1", "a", "spot", SPEC))
+    asyncio.run(place.terminate("s-1"))  # once more is as good
+    asyncio.run(place.terminate("never-was"))
+
+
+def test_how_it_ended_is_known(place: LocalProvisioner) -> None:
+    by_itself = asyncio.run(place.launch("s-1", "a", "spot", ReplicaSpec("echo last words; exit 3")))
+    setup = asyncio.run(place.launch("s-2", "a", "spot", ReplicaSpec(SERVER, setup="false")))
+    taken = asyncio.run(place.launch("s-3", "b", "spot", SPEC))
+    inner = asyncio.run(place.launch("s-4", "b", "on_demand", SPEC))
+    assert by_itself.pid and setup.pid and taken.pid and inner.pid
+    until(lambda: asyncio.run(place.last_lines("s-4", 1)))
+    os.killpg(taken.pid, signal.SIGKILL)
+    # The server alone is killed, not the shell above it.
+    children = [int(p.name) for p in Path("/proc").glob("[0-9]*") if parent_of(p) == inner.pid]
+    os.kill(children[0], signal.SIGKILL)
+    until(lambda: alive(place) == [])
+    ended = {o.replica_id: o.exited for o in asyncio.run(place.observe())}
+    assert ended == {"s-1": 3, "s-2": 1, "s-3": None, "s-4": None}
+    assert asyncio.run(place.last_lines("s-1", 5)) == ["last words"]
+
+
+def parent_of(folder: Path) -> int:
+    try:
+        return int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, IndexError):
+        return -1
+
+
+def test_a_zone_is_full_and_the_preemptor_takes_what_is_too_much(place: LocalProvisioner) -> None:
+    for number in range(3):
+        asyncio.run(place.launch(f"s-{number}", "a", "spot", SPEC))
+    with pytest.raises(LaunchFailed, match="no room") as caught:
+        asyncio.run(place.launch("s-3", "a", "spot", SPEC))
+    assert caught.value.reason == "capacity"
+    asyncio.run(place.launch("s-4", "a", "on_demand", SPEC))  # on-demand there always is
+    with pytest.raises(LaunchFailed, match="zone 'z'"):
+        asyncio.run(place.launch("s-5", "z", "spot", SPEC))
+    gone: list[str] = []
+    preemptor = Preemptor(place, on_kill=gone.append)
+    asyncio.run(preemptor.set_capacity("a", 1))
+    until(lambda: len(alive(place)) == 2)
+    assert len(gone) == 2 == preemptor.kills and "s-4" in alive(place)
+    assert LocalProvisioner(place.folder, ZONES).capacities() == {"a": 1, "b": 3, "c": 3}
+    assert asyncio.run(preemptor.strike()) in ("s-0", "s-1", "s-2")
+    assert asyncio.run(preemptor.strike()) is None  # on-demand is never taken
+    trace = SpotTrace(("x", "y"), 10.0, np.array([[2, 0], [1, 3]]))
+    asyncio.run(preemptor.follow(trace, asyncio.Event(), speed=1000.0))
+    assert place.capacities() == {"a": 0, "b": 3, "c": 3}
+
+
+def test_nobody_else_is_killed_for_a_number_that_is_used_again(place: LocalProvisioner) -> None:
+    handle = asyncio.run(place.launch("s-1", "a", "spot", SPEC))
+    file = place.folder / "replicas" / "s-1" / "process"
+    file.write_text(f"{os.getpid()} 12345\n")  # ours, but it started at another time
+    assert alive(place) == [] and place.kill("s-1") == 0
+    file.write_text(f"{handle.pid} {handle.pid_start}\n")
+    assert alive(place) == ["s-1"]
+
+
+def test_the_proxy_is_kept_and_found_again(tmp_path: Path) -> None:
+    command = SERVER.replace("PORT", "ROUTER_PORT")
+
+    async def life() -> None:
+        proxy = ProxyProcess(tmp_path, command)
+        await proxy.keep()
+        pid = proxy.pid
+        await proxy.keep()
+        again = ProxyProcess(tmp_path, command)
+        assert again.pid == pid and again.port == proxy.port
+        os.killpg(pid or 0, signal.SIGKILL)
+        while again.pid is not None:
+            await asyncio.sleep(0.02)
+        await again.keep()  # at the same port
+        assert again.pid not in (None, pid) and again.port == proxy.port
+        await again.stop()
+        while again.pid is not None:
+            await asyncio.sleep(0.02)
+        await proxy._place.observe()
+
+    asyncio.run(life())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_controller_killed_anywhere_over_real_processes(place: LocalProvisioner, tmp_path: Path, seed: int) -> None:
+    choose, proxy = random.Random(seed), Proxy()
+    preemptor = Preemptor(place, seed)
+    kills = 0
+
+    def die(where: str) -> None:
+        nonlocal countdown
+        countdown -= 1
+        if countdown <= 0:
+            raise Killed(where)
+
+    countdown = 2 + seed
+
+    async def life(turns: int, fault: Callable[[str], None]) -> None:
+        """A controller until it is killed or has had its turns."""
+        state = FleetState(tmp_path, durable=False, fault=fault)
+        policy = spothedge(FixedTarget(2), overprovision=0, backoff=Backoff(0.2, 0.4), rebalance=None)
+        service = dataclasses.replace(Service("s", SPEC, PROBE), drain_s=0.2)
+        async with httpx.AsyncClient(trust_env=False) as http:
+            controller = Controller(service, policy, place, state, proxy, HttpProbe(http), decide_every_s=0.1)
+            try:
+                for _ in range(turns):
+                    await controller.step()
+                    await asyncio.sleep(0.05)
+                    settled = [row for row in state.replicas() if row.state == "READY" and row.kind == "spot"]
+                    if fault is not die and len(settled) == 2 == len(state.replicas()) and turns > 50:
+                        return
+            finally:
+                await controller.close()
+                state.close()
+
+    for _ in range(4):
+        try:
+            asyncio.run(life(8, die))
+        except Killed:
+            kills += 1
+        countdown = choose.randrange(2, 12)
+        asyncio.run(preemptor.strike())
+    asyncio.run(life(600, lambda where: None))
+    assert kills >= 2
+    found = snapshot(tmp_path)
+    rows = {row["id"]: row for row in found["replicas"] if not row["ended"]}
+    assert sorted(rows) == sorted(alive(place)) and len(rows) == 2
+    assert all(row["state"] == "READY" and row["pid"] for row in rows.values())
+    shown = table(found)
+    assert "2 ready of 2 wanted" in shown and "controller not running" in shown and all(name in shown for name in rows)
+    assert asyncio.run(bring_down(tmp_path)) == 2
+    until(lambda: alive(place) == [])
+    assert not [row for row in snapshot(tmp_path)["replicas"] if not row["ended"]]
