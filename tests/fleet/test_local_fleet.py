@@ -121,6 +121,7 @@ def test_a_zone_is_full_and_the_preemptor_takes_what_is_too_much(place: LocalPro
     assert len(gone) == 2 == preemptor.kills and "s-4" in alive(place)
     assert LocalProvisioner(place.folder, ZONES).capacities() == {"a": 1, "b": 3, "c": 3}
     assert asyncio.run(preemptor.strike()) in ("s-0", "s-1", "s-2")
+    until(lambda: alive(place) == ["s-4"])
     assert asyncio.run(preemptor.strike()) is None  # on-demand is never taken
     trace = SpotTrace(("x", "y"), 10.0, np.array([[2, 0], [1, 3]]))
     asyncio.run(preemptor.follow(trace, asyncio.Event(), speed=1000.0))
