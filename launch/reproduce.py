@@ -19,6 +19,7 @@ from launch import job
 PAPERS: Mapping[str, str] = {
     "dlpm": "launch.papers.dlpm",
     "longcot": "launch.papers.longcot",
+    "melange": "launch.papers.melange",
     "pdhg": "launch.papers.pdhg",
     "moe_lightning": "launch.papers.moe_lightning",
     "pie": "launch.papers.pie",

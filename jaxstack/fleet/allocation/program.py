@@ -86,13 +86,13 @@ class Program:
         time_limit_s: float,
         relative_gap: float = 0.0,
         objective: Float[np.ndarray, "types"] | None = None,
-        budget_usd_per_hour: float | None = None,
+        rent_usd_per_hour: tuple[float, float] = (0.0, np.inf),
     ) -> scipy.optimize.OptimizeResult:
         """What `scipy.optimize.milp` finds.
 
         Args:
           objective: of the replicas, in the place of their prices.
-          budget_usd_per_hour: the prices must not come to more.
+          rent_usd_per_hour: what the prices must come to, at least and at most.
         """
         place = self.places
         width, types = place["y"].stop, len(self.prices)
@@ -110,12 +110,12 @@ class Program:
         rows, low, high = self._rows()
         if self.current is not None:
             cost[place["up"]], cost[place["down"]] = self.switch_usd_per_hour
-        if budget_usd_per_hour is not None:
+        if rent_usd_per_hour != (0.0, np.inf):
             row = scipy.sparse.csr_array(
                 (self.prices, (np.zeros(types, int), np.arange(types) + place["n"].start)), shape=(1, width)
             )
             rows = scipy.sparse.vstack([rows, row], format="csr")
-            low, high = np.append(low, -np.inf), np.append(high, budget_usd_per_hour)
+            low, high = np.append(low, rent_usd_per_hour[0]), np.append(high, rent_usd_per_hour[1])
         return scipy.optimize.milp(
             cost,
             integrality=integral,

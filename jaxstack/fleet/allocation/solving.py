@@ -49,7 +49,13 @@ def solve(problem: AllocationProblem, *, time_limit_s: float = 10.0, relative_ga
         current,
         (problem.start_cost_usd / problem.horizon_h, problem.stop_cost_usd / problem.horizon_h),
     )
-    found = program.solve(time_limit_s=time_limit_s, relative_gap=relative_gap)
+    floor = 0.0
+    if program.slices and current is None:
+        # Shares take milliseconds and cost no more than slices: from there on the search knows when it may stop.
+        loose = dataclasses.replace(program, slices=None).solve(time_limit_s=time_limit_s / 2)
+        if loose.mip_dual_bound is not None and math.isfinite(loose.mip_dual_bound):
+            floor = max(0.0, loose.mip_dual_bound - 1e-6)
+    found = program.solve(time_limit_s=time_limit_s, relative_gap=relative_gap, rent_usd_per_hour=(floor, math.inf))
     nodes = int(getattr(found, "mip_node_count", None) or 0)
     proven = getattr(found, "mip_dual_bound", None)
     lower = max(bound, proven) if proven is not None and math.isfinite(proven) else bound
@@ -64,9 +70,9 @@ def solve(problem: AllocationProblem, *, time_limit_s: float = 10.0, relative_ga
     else:
         counts = np.round(found.x[program.places["n"]])
         shares = _slices(program, found.x) if program.slices else None
-    if shares is None and found.x is not None and status == "optimal" and not relative_gap and current is None:
+    if not program.slices and found.x is not None and status == "optimal" and not relative_gap and current is None:
         counts = _fewest(program, counts, time_limit_s)
-    if shares is None:
+    if not program.slices:
         shares = _shares(demand, counts)
     if shares is None:
         # The search took its own tolerance of 1e-6 for room: ask for a little more than there is.
@@ -75,7 +81,7 @@ def solve(problem: AllocationProblem, *, time_limit_s: float = 10.0, relative_ga
         if found.x is None:
             return answer.nothing("infeasible" if found.status == 2 else "time_limit", lower)
         counts = np.round(found.x[program.places["n"]])
-        shares = _shares(demand, counts)
+        shares = _slices(program, found.x) if program.slices else _shares(demand, counts)
         assert shares is not None
     return answer.plan(status, counts.astype(int), shares, lower, nodes)
 
@@ -188,7 +194,8 @@ def _fewest(program: Program, counts: np.ndarray, time_limit_s: float) -> np.nda
     total = float(counts.sum())
     types = len(counts)
     weight = 1 + np.arange(types) / (types * (total + 1))
-    found = program.solve(time_limit_s=time_limit_s, objective=weight, budget_usd_per_hour=budget * (1 + 1e-12) + 1e-9)
+    most = budget * (1 + 1e-12) + 1e-9
+    found = program.solve(time_limit_s=time_limit_s, objective=weight, rent_usd_per_hour=(0.0, most))
     if found.x is None or found.status != 0:
         return counts
     fewer = np.round(found.x[program.places["n"]])

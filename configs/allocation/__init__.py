@@ -1,0 +1,1 @@
+"""What to rent: plans to begin with, for `python -m launch.allocate`."""
