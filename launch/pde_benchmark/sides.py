@@ -49,7 +49,7 @@ class Mode:
       inside, boundary: numbers of training points.
       distribution: of these points: DeepXDE's default, a quasi-random sequence, or "pseudo".
       weight: of the boundary's loss.
-      resample: iterations after which it draws new points inside; 0 keeps them.
+      resample: iterations after which it draws new points, on jax inside only; 0 keeps them.
       autodiff: how it differentiates: reverse over reverse, its default, or "forward".
       lbfgs_after: share of the budget after which L-BFGS takes over from Adam; None never.
     """
