@@ -74,6 +74,7 @@ def options_for(
     *,
     extras: Sequence[int] = (0, 1, 2),
     max_replicas: int = 16,
+    tick_s: float = TICK_S,
     cold_start_s: float = COLD_START_S,
     on_done: Callable[[str], None] = lambda kind: None,
 ) -> list[Option]:
@@ -82,6 +83,7 @@ def options_for(
     Args:
       history: type -> what its zones had to give, with prices in dollars an hour. A type without is had on-demand only.
       max_replicas: of a type.
+      tick_s: of the simulation; coarser is faster.
       on_done: told each type when its options are there.
 
     Raises:
@@ -104,20 +106,20 @@ def options_for(
         for replicas in range(1, min(cap, math.ceil(most)) + 1):
             options = [Option(each.name, replicas, (), 0, replicas * each.price_usd_per_hour, 0.0)]
             if each.name in history:
-                options += _spot_options(each.name, replicas, history[each.name], extras, cold_start_s)
+                options += _spot_options(each.name, replicas, history[each.name], extras, tick_s, cold_start_s)
             found += _undominated(options)
         on_done(each.name)
     return found
 
 
 def _spot_options(
-    kind: str, replicas: int, market: SpotTrace, extras: Sequence[int], cold_start_s: float
+    kind: str, replicas: int, market: SpotTrace, extras: Sequence[int], tick_s: float, cold_start_s: float
 ) -> list[Option]:
     found = []
     for zones in zone_sets(market):
         for extra in extras:
             plain = Option(kind, replicas, zones, extra, 0.0, 0.0)
-            result = plain.run(market, cold_start_s=cold_start_s)
+            result = plain.run(market, tick_s=tick_s, cold_start_s=cold_start_s)
             cost = float(result.bill_usd_per_hour[result.warm_ticks :].mean())
             found.append(dataclasses.replace(plain, cost_usd_per_hour=cost, unready=1 - result.availability))
     return found

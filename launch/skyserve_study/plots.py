@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from jaxstack.fleet.spot.evaluation import POLICIES, Scenario, run_policy
 from jaxstack.fleet.spot.traces import flat_prices
-from launch.skyserve_study.report import PAPER_SETS, TITLES, scores_of
+from launch.skyserve_study.report import JOINT_TITLES, PAPER_SETS, TITLES, scores_of
 from launch.skyserve_study.simulated import BOTH_EXTRAS, COLD_STARTS_S, EXTRAS, RISK_S, WAITING, Settings, windows
 
 Parts = Mapping[str, Mapping[str, Any]]
@@ -31,6 +31,8 @@ def draw(settings: Settings, found: Parts, workdir: Path) -> list[Path]:
         "latency.png": _latency(settings, found),
         "timeline.png": _timeline(settings),
     }
+    if "joint" in found:
+        files["joint.png"] = _joint(found["joint"])
     for name, figure in files.items():
         figure.savefig(workdir / name, dpi=110)
     return [workdir / name for name in files]
@@ -102,6 +104,34 @@ def _latency(settings: Settings, found: Parts) -> Figure:
         ax.set_title(traces)
         ax.grid(alpha=0.3, axis="y")
     figure.axes[0].set_ylabel("seconds: P50, P90, P99")
+    return figure
+
+
+def _joint(part: Mapping[str, Any]) -> Figure:
+    """Dollars an hour of each plan, as planned and as it came out; and by how much of the time it should be whole."""
+    figure = _figure(11, 3.8)
+    left, right = figure.subplots(1, 2)
+    plans = {name: row for name, row in part["plans"].items() if "usd_per_hour" in row}
+    places = np.arange(len(plans))
+    left.bar(places - 0.2, [row["planned_usd_per_hour"] for row in plans.values()], 0.4, label="planned")
+    left.bar(places + 0.2, [row["usd_per_hour"] for row in plans.values()], 0.4, label="on other days")
+    for place, row in zip(places, plans.values()):
+        left.annotate(f"{100 * row['whole']:.1f} %", (place, row["usd_per_hour"]), ha="left", va="bottom", fontsize=8)
+    left.set_xticks(places, [JOINT_TITLES[name].replace(", ", ",\n") for name in plans], fontsize=8)
+    left.set_ylabel("$/h; share of time whole")
+    left.legend(fontsize=8)
+    found = [(float(share), row) for share, row in part["curve"].items() if "usd_per_hour" in row]
+    curve = sorted(found, key=lambda pair: pair[0])
+    right.plot(
+        [row["planned_usd_per_hour"] for _, row in curve], [100 * share for share, _ in curve], "o-", label="asked"
+    )
+    right.plot(
+        [row["usd_per_hour"] for _, row in curve], [100 * row["whole"] for _, row in curve], "x--", label="found"
+    )
+    right.set_xlabel("$/h, all at once")
+    right.set_ylabel("% of time whole")
+    right.grid(alpha=0.3)
+    right.legend(fontsize=8)
     return figure
 
 

@@ -63,6 +63,14 @@ TITLES: Mapping[str, str] = {
 }
 
 
+JOINT_TITLES: Mapping[str, str] = {
+    "on_demand": "the cheapest mix, on-demand",
+    "one_type": "the best single type, on spot",
+    "after": "that mix, moved to spot afterwards",
+    "joint": "all at once",
+}
+
+
 def scores_of(found: Parts, traces: str, policy: str, extra: int = 1) -> Mapping[str, Any]:
     return found[f"scores-{traces}-{policy}-{extra}"]
 
@@ -113,10 +121,11 @@ def summarise(settings: Settings, found: Parts) -> dict[str, Any]:
         for q in PAPER_RATIOS:
             ratios = [summary["latency_ratio_vs_round_robin"][name][q] for name in SWEPT]
             summary[f"{q}_ratio_vs_round_robin"] = statistics.geometric_mean(ratios)
-    summary |= {
-        f"local_{name}": value for name, value in found.get("local", {}).items() if not name.startswith("local_")
-    }
-    summary |= {name: value for name, value in found.get("local", {}).items() if name.startswith("local_")}
+    if "local" in found:
+        claimed = {name: value for name, value in found["local"].items() if name in BARS}
+        summary |= claimed | {"local": {k: v for k, v in found["local"].items() if k not in claimed}}
+    if "joint" in found:
+        summary["joint"] = _joint(found["joint"])
     summary = rounded(summary)
     summary["bars"] = {name: _holds(summary[name], *bar) for name, bar in BARS.items() if name in summary}
     summary["paper"] = dict(PAPER)
@@ -154,6 +163,28 @@ def _sweep(found: Parts, traces: str) -> dict[str, dict[str, list[float]]]:
     }
 
 
+def _joint(part: Mapping[str, Any]) -> dict[str, Any]:
+    """Plan -> its parts in words, what it promises, and what it came to."""
+
+    def words(option: Mapping[str, Any]) -> str:
+        where = f"spot in {len(option['zones'])} zones, {option['extra']} extra" if option["zones"] else "on-demand"
+        return f"{option['replicas']} {option['kind']} ({where})"
+
+    def row(found: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {name: value for name, value in found.items() if name not in ("options", "requests")}
+        return kept | {"plan": "; ".join(words(option) for option in found.get("options", []))}
+
+    plans = {name: row(found) for name, found in part["plans"].items()}
+    joint, tried = plans["joint"], {name: found for name, found in plans.items() if "usd_per_hour" in found}
+    ratios = {f"saving_over_{name}": 1 - joint["usd_per_hour"] / found["usd_per_hour"] for name, found in tried.items()}
+    return {
+        "plans": plans,
+        "curve": {share: row(found) for share, found in sorted(part["curve"].items(), key=lambda pair: float(pair[0]))},
+        "requests": {name: found["requests"] for name, found in part["plans"].items() if "requests" in found},
+        **{name: value for name, value in ratios.items() if name != "saving_over_joint"},
+    }
+
+
 def rounded(value: Any) -> Any:
     if isinstance(value, float):
         return round(value, 4) if math.isfinite(value) else None
@@ -179,6 +210,8 @@ def text(summary: Mapping[str, Any]) -> str:
             lines.append(f"  {name:<32}  not run   {how} {bar}")
     lines += ["", "the paper:"]
     lines += [f"  {name:<10} {claim}" for name, claim in PAPER.items()]
+    if "local" in summary:
+        lines += ["", "the local fleet: " + ", ".join(f"{name} {value}" for name, value in summary["local"].items())]
     for traces, policies in summary["availability_and_cost"].items():
         lines += ["", f"{traces}: availability, cost in % of on-demand (a target of 3, so many extra)"]
         lines.append(f"  {'':<38}{'extra 0':>14}{'extra 1':>14}{'the paper':>14}")
@@ -215,6 +248,8 @@ def text(summary: Mapping[str, Any]) -> str:
     lines += ["", "with a risk window (seconds after a preemption in which a zone may be lost whole):"]
     for traces, pairs in summary["risk_window"].items():
         lines.append(f"  {traces:<14}" + ", ".join(f"{risk} s: {_percent(pair)}" for risk, pair in pairs.items()))
+    if "joint" in summary:
+        lines += _joint_text(summary["joint"])
     lines += [
         "",
         "The traces are made up to the shares of time, durations and correlations of the paper's four sets, unless",
@@ -222,6 +257,32 @@ def text(summary: Mapping[str, Any]) -> str:
         "round robin finds capacity nearly always (aws3, gcp1) it waits as little as SpotHedge and costs less.",
     ]
     return "\n".join(lines)
+
+
+def _joint_text(joint: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "",
+        "types, spot or on-demand, and zones: $/h planned and as it came out on other days, % of time whole, carried",
+    ]
+    for name, row in joint["plans"].items():
+        lines.append(f"  {JOINT_TITLES[name]:<36}{_joint_row(row)}")
+    lines.append("  the cheapest joint plan by how much of the time it should be whole:")
+    lines += [f"    {100 * float(share):g} %{_joint_row(row)}" for share, row in joint["curve"].items()]
+    for name, row in joint["requests"].items():
+        ttft = " / ".join("-" if value is None else f"{value:.1f}" for value in row["ttft_s"])
+        lines.append(
+            f"  {JOINT_TITLES[name]}, the hardest stretch: {row['preemptions']} replicas lost, {row['interrupted']} "
+            f"of {row['requests']} requests begun again; {100 * row['tpot_attainment']:.1f} % keep the time per token; "
+            f"first token P50 / P90 / P99 {ttft} s"
+        )
+    return lines
+
+
+def _joint_row(row: Mapping[str, Any]) -> str:
+    if "usd_per_hour" not in row:
+        return f"  {row['status']}"
+    shares = f"{100 * row['whole']:6.1f}{100 * row['carried']:7.1f}"
+    return f"{row['planned_usd_per_hour']:8.2f}{row['usd_per_hour']:8.2f}{shares}   {row['plan']}"
 
 
 def _percent(pair: Sequence[float] | None) -> str:

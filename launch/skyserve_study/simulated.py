@@ -83,6 +83,8 @@ class Task:
 def tasks(settings: Settings) -> dict[str, Task]:
     """Name of a part -> what it is, the longest first."""
     found = {f"omniscient-{traces}": Task("omniscient", settings, traces) for traces in settings.sets}
+    if settings.trace_dir is None:
+        found["joint"] = Task("joint", settings)
     found["starvation"] = Task("starvation", settings)
     for traces in settings.sets:
         for policy in POLICIES:
@@ -107,6 +109,8 @@ def weight(task: Task) -> int:
     """About how long a part takes, in simulated days; the least possible cost of one is worth many."""
     if task.kind == "starvation":
         return 4
+    if task.kind == "joint":
+        return 1000
     return 250 * task.settings.omniscient_windows if task.kind == "omniscient" else task.settings.windows
 
 
@@ -116,6 +120,16 @@ def run_task(task: Task) -> dict[str, Any]:
     settings = task.settings
     if task.kind == "starvation":
         return _starvation()
+    if task.kind == "joint":
+        from launch.skyserve_study.joint import JointSettings, compare  # the rest does without profiles and loads
+
+        scale = min(1.0, settings.hours / 24)  # of a shortened study
+        return compare(
+            JointSettings(
+                windows=6 * settings.windows, hours=settings.hours, history=3 * settings.windows,
+                max_replicas=max(2, round(6 * scale)), request_s=1800 * scale,
+            )
+        )  # fmt: skip
     if task.kind == "scores":
         return evaluate(windows(settings, task.traces, settings.windows), POLICIES[task.policy], scenario)
     if task.kind == "risk":

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import importlib.util
 import multiprocessing
 import sys
 import time
@@ -25,7 +24,6 @@ def run_study(settings: Settings, workdir: Path, *, workers: int, local: bool = 
     planned = tasks(settings)
     parts = Parts(workdir, dataclasses.asdict(settings))
     simulate_all(planned, parts, workers)
-    local = local and importlib.util.find_spec("launch.skyserve_study.local") is not None
     if local and parts.get("local") is None:
         parts.put("local", kill_all(workdir))
     names = [*planned, *(["local"] if local else [])]
@@ -69,4 +67,4 @@ def kill_all(workdir: Path) -> dict[str, Any]:
     from launch.skyserve_study.local import run_local  # simulations do without jax
 
     with Progress(LOCAL_S, "skyserve: a local fleet", unit="s") as progress:
-        return run_local(workdir / "local", seconds=LOCAL_S, kills=5, streams=40, progress=progress)
+        return run_local(workdir / "local", seconds=LOCAL_S, kills=6, streams=40, progress=progress)

@@ -41,6 +41,11 @@ def test_the_summary_has_every_figure(made_up):
     for policies in summary["latency"].values():
         for row in policies.values():
             assert 0 < row["p50"] <= row["p90"] <= row["p99"] <= 100.0
+    joint = summary["joint"]["plans"]
+    planned = {name: row["planned_usd_per_hour"] for name, row in joint.items() if row["plan"]}
+    assert planned["joint"] == min(planned.values()) < planned["on_demand"]
+    assert joint["joint"]["lower_bound_usd_per_hour"] == pytest.approx(planned["joint"], rel=1e-3)
+    assert set(summary["joint"]["requests"]) == {"on_demand", "joint"}
     assert set(summary["sweep"]["aws1"]) == {"0", "1", "2", "3"}
 
 
@@ -49,7 +54,7 @@ def test_the_report_says_all_of_it_beside_the_paper(made_up):
     text = (workdir / "report.md").read_text()
     assert all(name in text for name in report.BARS)
     assert "100, 58" not in text and "99, 58" in text  # the paper's for its second set
-    for name in ("cost.png", "sweep.png", "latency.png", "timeline.png"):
+    for name in ("cost.png", "sweep.png", "latency.png", "timeline.png", "joint.png"):
         assert (workdir / name).stat().st_size > 10_000
 
 
