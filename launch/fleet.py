@@ -90,7 +90,7 @@ def router_command(spec: ServiceSpec, host: str = "127.0.0.1", api_key: str | No
     """Shell text that starts the router before the replicas of a service."""
     words = [
         sys.executable, "-m", "launch.route", "--managed", f"--host={host}", f"--policy={spec.balancer}",
-        f"--migration_limit={spec.more.migration_limit}", f"--hold_timeout_s={spec.more.hold_s}",
+        f"--migration_limit={spec.more.migration_limit}", f"--retries={max(2, spec.more.migration_limit)}", f"--hold_timeout_s={spec.more.hold_s}",
         f"--resume_timeout_s={max(1.0, spec.more.hold_s)}", f"--silence_timeout_s={spec.stream_timeout_s}",
         "--health_interval_s=0.5",
     ]  # fmt: skip

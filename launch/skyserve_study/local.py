@@ -58,7 +58,7 @@ envs:
   JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS: 0
 run: >
   exec $PYTHON -m launch.serve --model={model} --port=$PORT --served_model_name=tiny --trust_client_id
-  --max_sequences=8 --max_batch_tokens=32 --page_size=8
+  --max_sequences=4 --max_batch_tokens=16 --page_size=8
 """
 
 
@@ -248,6 +248,7 @@ class _Load:
         self._expected: dict[str, Heard] = {}
         self.heard: list[Heard] = []
         self.kills = self.controller_kills = 0
+        self._killed: set[str] = set()
         self._done = False
 
     async def run(self, seconds: float, streams: int, kills: int, controller_kills: int) -> None:
@@ -324,13 +325,19 @@ class _Load:
         """SIGKILL to a replica, rather one that is answering."""
         status = (await http.get("/router/status")).json()
         active = {r["url"]: int(r["active"]) for r in status["replicas"].values()}
-        alive = [o for o in await self._place.observe() if o.alive and active.get(o.handle.url, -1) >= 0]
+        alive = [
+            o
+            for o in await self._place.observe()
+            if o.alive and o.handle.url in active and o.replica_id not in self._killed
+        ]
         if not alive:
             return False
         weights = [1 + 4 * active[o.handle.url] for o in alive]
         (chosen,) = self._random.choices(alive, weights)
-        self._place.kill(chosen.replica_id)
+        if not self._place.kill(chosen.replica_id):
+            return False
         self.kills += 1
+        self._killed.add(chosen.replica_id)
         self._tell(f"killed {chosen.replica_id} in {chosen.zone}, which was answering {active[chosen.handle.url]}")
         return True
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import importlib.util
 import os
 import random
 import signal
@@ -16,7 +17,7 @@ from in_memory import Killed, Proxy
 
 from jaxstack.fleet.controller import Controller, FleetState, LaunchFailed, LocalProvisioner, Preemptor, ReplicaSpec
 from jaxstack.fleet.controller.controller import Service
-from jaxstack.fleet.controller.page import snapshot, table
+from jaxstack.fleet.controller.page import build_page, snapshot, table
 from jaxstack.fleet.controller.proxy import HttpProbe, ProxyProcess
 from jaxstack.fleet.controller.running import bring_down
 from jaxstack.fleet.controller.service_spec import ReadinessProbe, VirtualZone
@@ -24,6 +25,9 @@ from jaxstack.fleet.spot.autoscaling import FixedTarget
 from jaxstack.fleet.spot.placement import Backoff
 from jaxstack.fleet.spot.policy import spothedge
 from jaxstack.fleet.spot.traces import SpotTrace
+from jaxstack.runtime.errors import UserError
+from jaxstack.serving.config import ServerConfig
+from jaxstack.serving.http_server import Background
 
 ZONES = tuple(VirtualZone(name, capacity=3) for name in "abc")
 PROBE = ReadinessProbe("/", initial_delay_s=30.0, timeout_s=2.0, interval_s=0.2)
@@ -142,15 +146,16 @@ def test_the_proxy_is_kept_and_found_again(tmp_path: Path) -> None:
 
     async def life() -> None:
         proxy = ProxyProcess(tmp_path, command)
-        await proxy.keep()
+        assert await proxy.keep()
         pid = proxy.pid
-        await proxy.keep()
+        assert await proxy.keep()
         again = ProxyProcess(tmp_path, command)
         assert again.pid == pid and again.port == proxy.port
         os.killpg(pid or 0, signal.SIGKILL)
         while again.pid is not None:
             await asyncio.sleep(0.02)
-        await again.keep()  # at the same port
+        assert not await proxy.keep()  # not in a loop
+        assert await again.keep()  # at the same port
         assert again.pid not in (None, pid) and again.port == proxy.port
         await again.stop()
         while again.pid is not None:
@@ -210,3 +215,48 @@ def test_a_controller_killed_anywhere_over_real_processes(place: LocalProvisione
     assert asyncio.run(bring_down(tmp_path)) == 2
     until(lambda: alive(place) == [])
     assert not [row for row in snapshot(tmp_path)["replicas"] if not row["ended"]]
+
+
+def test_the_page_and_what_it_reads(tmp_path: Path) -> None:
+    state = FleetState(tmp_path, durable=False)
+    with state.transaction("x"):
+        state.put("service", {"name": "<b>s</b>", "zones": ["a"]})
+        row = state.add("s", "a", "spot", 1, "because")
+        state.event("launch", row.id, zone="a")
+    config = ServerConfig(port=0)
+    with Background(config, lambda config: build_page(tmp_path, config)) as page:
+        answer = httpx.get(page.url, trust_env=False)
+        assert "fleet/status" in answer.text and "default-src 'none'" in answer.headers["content-security-policy"]
+        told = httpx.get(f"{page.url}/fleet/status", trust_env=False).json()
+        assert told["service"]["name"] == "<b>s</b>" and told["controller"] == os.getpid()
+        assert [row["state"] for row in told["replicas"]] == ["PROVISIONING"] and told["events"][0]["replica"] == "s-1"
+        state.close()
+        assert httpx.get(f"{page.url}/fleet/status", trust_env=False).json()["controller"] is None
+
+
+def test_clouds_are_for_who_has_the_package() -> None:
+    from jaxstack.fleet.controller import read_service
+    from jaxstack.fleet.controller.skypilot import SkyPilotProvisioner, reason_of
+
+    places = [{"cloud": "gcp", "region": "us-central1"}, {"cloud": "aws", "region": "us-east-2", "zone": "us-east-2a"}]
+    content = {
+        "service": {"readiness_probe": "/health", "replicas": 1},
+        "resources": {"ports": 8080, "accelerators": "L4:1", "any_of": places},
+        "run": "serve",
+    }
+    for said, reason in (
+        ("ResourcesUnavailableError: no capacity in us-east-2a", "capacity"),
+        ("Quota 'GPUS_ALL_REGIONS' exceeded, no capacity", "quota"),
+        ("NoCloudAccessError: no credentials", "credentials"),
+        ("no such image", "other"),
+    ):
+        assert reason_of(RuntimeError(said)) == reason
+    if importlib.util.find_spec("sky") is None:
+        with pytest.raises(UserError, match=r"pip install 'jaxstack\[skypilot\]'"):
+            SkyPilotProvisioner(read_service(content))
+        return
+    clouds = SkyPilotProvisioner(read_service(content))
+    assert set(clouds.zones()) == {"gcp/us-central1", "aws/us-east-2/us-east-2a"}
+    task = clouds.task("gcp/us-central1", "spot", ReplicaSpec("serve", content=content))
+    (resources,) = task.resources
+    assert resources.use_spot and resources.region == "us-central1" and task.run.strip() == "serve"

@@ -124,6 +124,7 @@ class LocalProvisioner:
             child.poll()
         with contextlib.suppress(OSError):
             (folder / "ended").touch()
+            self._forget_ended()
 
     def kill(self, replica_id: str) -> int:
         """SIGKILL to every process of a replica; returns how many there were."""
@@ -229,7 +230,7 @@ class LocalProvisioner:
         except (FileNotFoundError, ValueError):
             return None, None
 
-    def forget_ended(self, keep: int = 50) -> None:
+    def _forget_ended(self, keep: int = 200) -> None:
         """Removes the folders of replicas that have ended, but for the last ones."""
         ended = [folder for folder in self._replicas.iterdir() if (folder / "ended").exists()]
         ended.sort(key=lambda folder: (folder / "ended").stat().st_mtime)

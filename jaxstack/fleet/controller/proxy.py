@@ -6,6 +6,7 @@ ready.
 
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from jaxstack.runtime.errors import UserError
 from jaxstack.runtime.metrics import write_atomically
 
 _ZONE = "proxy"
+# One that ends as soon as it has started, because its port is taken for instance, is not started in a loop.
+_RETRY_S = 5.0
 
 
 class ProxyProcess:
@@ -36,7 +39,7 @@ class ProxyProcess:
         self._folder, self._command = Path(folder), command
         self._known = self._folder / "proxy.json"
         kept = self._kept()
-        self._number = kept["number"]
+        self._number, self._started_s = kept["number"], float("-inf")
         self.port = port or kept["port"] or self._place.free_port()
         if kept["port"] not in (None, self.port) and self._running() is not None:
             raise UserError(f"port: found {self.port}, expected {kept['port']}, where the proxy of this fleet listens")
@@ -50,15 +53,19 @@ class ProxyProcess:
         running = self._running()
         return None if running is None else running.handle.pid
 
-    async def keep(self) -> None:
-        """Starts it unless it runs. Raises LaunchFailed."""
+    async def keep(self) -> bool:
+        """Starts it unless it runs, or was started a moment ago; whether it runs. Raises LaunchFailed."""
         if self._running() is not None:
-            return
+            return True
+        if time.monotonic() - self._started_s < _RETRY_S:
+            return False
         await self.stop()
+        self._started_s = time.monotonic()
         self._number += 1
         write_atomically(self._known, json.dumps({"number": self._number, "port": self.port}))
         spec = ReplicaSpec(self._command, envs={"ROUTER_PORT": str(self.port)})
         await self._place.launch(f"proxy-{self._number}", _ZONE, "on_demand", spec)
+        return True
 
     async def stop(self) -> None:
         await self._place.observe()

@@ -161,7 +161,8 @@ async def bring_down(folder: Path) -> int:
 
 async def _start_proxy(proxy: ProxyProcess, router: RouterClient) -> None:
     for _ in range(int(_PROXY_S / 0.1)):
-        await _keep(proxy, strict=True)
+        if not await _keep(proxy, strict=True):
+            break
         if await router.traffic() is not None:
             return
         await asyncio.sleep(0.1)
@@ -169,13 +170,14 @@ async def _start_proxy(proxy: ProxyProcess, router: RouterClient) -> None:
     raise UserError(f"proxy: it does not answer at {proxy.url}: {(lines or ['it said nothing'])[-1]}")
 
 
-async def _keep(proxy: ProxyProcess, *, strict: bool = False) -> None:
+async def _keep(proxy: ProxyProcess, *, strict: bool = False) -> bool:
     try:
-        await proxy.keep()
+        return await proxy.keep()
     except (LaunchFailed, OSError) as error:
         if strict:
             raise UserError(f"proxy: {error}") from None
         log.error("the proxy cannot be started: %s", error)
+        return False
 
 
 def _tell(state: FleetState, told: int, on_event: Callable[[str, str | None, dict[str, Any]], None]) -> int:

@@ -1,5 +1,6 @@
 """Answers that are cut anywhere and go on with another replica: the client gets what it would have got."""
 
+import copy
 import json
 import re
 import threading
@@ -80,15 +81,19 @@ def gist(answer: Any) -> Any:
     choices: dict[int, dict[str, Any]] = {}
     for event in answer:
         for choice in event["choices"]:
-            kept = choices.setdefault(choice["index"], {"text": "", "roles": 0, "ids": [], "logprobs": [], "end": []})
+            kept = choices.setdefault(choice["index"], dict(copy.deepcopy(EMPTY)))
             delta = choice.get("delta", {})
             kept["text"] += choice.get("text") or delta.get("content") or ""
             kept["roles"] += "role" in delta
+            for call in delta.get("tool_calls") or []:
+                kept["calls"].append([call.get("id") is not None, call["index"], call["function"].get("name")])
+                kept["arguments"] += call["function"]["arguments"]
             kept["ids"] += choice.get("token_ids") or []
             kept["logprobs"].append(choice["logprobs"])
             kept["end"] += [(choice["finish_reason"], choice["stop_reason"])] if choice["finish_reason"] else []
     for kept in choices.values():
         kept["logprobs"] = [put_together(kept["logprobs"])]
+        kept["calls"] = [call for call in kept["calls"] if call[0]]  # where each begins
     usage = [event["usage"] for event in answer if event.get("usage")]
     return choices, [(u["prompt_tokens"], u["completion_tokens"]) for u in usage]
 
@@ -102,6 +107,9 @@ def put_together(lists: list[Any]) -> Any:
     return json.loads(json.dumps(together), parse_float=lambda text: round(float(text), 3))
 
 
+EMPTY: dict[str, Any] = {
+    "text": "", "roles": 0, "ids": [], "logprobs": [], "end": [], "calls": [], "arguments": ""
+}  # fmt: skip
 STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 REQUESTS: dict[str, dict[str, Any]] = {
     "greedy": {**ASK, **GREEDY, **STREAM, "return_token_ids": True},
@@ -118,6 +126,13 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "chat": {
         "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 24, **SEEDED, **STREAM, "logprobs": True,
         "top_logprobs": 1, "guided_regex": CHARACTERS,
+    },
+    "tools": {
+        "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 80, **SEEDED, **STREAM,
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {
+            "type": "object", "properties": {"x": {"type": "string", "pattern": "^[éü🙂]{3}$"}}, "required": ["x"],
+            "additionalProperties": False}}}],
+        "tool_choice": "required",
     },
     "whole": {**ASK, **SEEDED, "n": 2, "max_tokens": 9, "return_token_ids": True},
     "whole chat": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 16, **SEEDED, "ignore_eos": True},
@@ -197,6 +212,30 @@ def test_the_openai_client_sees_one_stream(setup: Setup) -> None:
     assert pieces[-1].usage is not None and whole.usage is not None
     assert pieces[-1].usage.completion_tokens == whole.usage.completion_tokens
     assert setup.other.paths[-1] == "/internal/resume"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_server_that_shuts_down_hands_its_answers_over(engine: Engine, http: httpx.Client, stream: bool) -> None:
+    body = {**REQUESTS["several choices"], "n": 1, "max_tokens": 400}
+    if not stream:
+        body = {name: value for name, value in body.items() if not name.startswith("stream")}
+    ending = BackgroundServer(engine, ServerConfig(port=0, model_name="tiny", drain_timeout_s=0.05))
+    with BackgroundServer(engine, ServerConfig(port=0, model_name="tiny")) as other:
+        expected = gist(post(http, other.url, body))
+        ending.__enter__()
+        urls = (ending.url, other.url)
+        with BackgroundRouter(RouterConfig(urls, ServerConfig(port=0)), Preferring(ending.url[7:])) as router:
+            got: list[Any] = []
+            asking = threading.Thread(target=lambda: got.append(post(http, router.url, body)))
+            asking.start()
+            while engine.stats().running == 0:
+                time.sleep(0.001)
+            time.sleep(0.02)
+            ending.__exit__(None, None, None)
+            asking.join(60)
+            assert gist(got[0]) == expected
+            counts = router.service.dispatcher.counts
+            assert counts.resumed + counts.resent == 1 and counts.lost_answers == 0
 
 
 def test_best_of_and_scored_prompts_begin_anew(setup: Setup, http: httpx.Client) -> None:
