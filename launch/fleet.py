@@ -88,12 +88,25 @@ def run() -> dict[str, Any] | None:
 
 def router_command(spec: ServiceSpec, host: str = "127.0.0.1", api_key: str | None = None) -> str:
     """Shell text that starts the router before the replicas of a service."""
+    more = spec.more
+    options = {
+        "host": host,
+        "policy": spec.balancer,
+        "migration_limit": more.migration_limit,
+        # What has not begun may be sent as often; only time ends it.
+        "retries": max(2, more.migration_limit),
+        "hold_timeout_s": more.hold_s,
+        "resume_timeout_s": max(1.0, more.hold_s),
+        "silence_timeout_s": spec.stream_timeout_s,
+        "health_interval_s": 0.5,
+    }
     words = [
-        sys.executable, "-m", "launch.route", "--managed", f"--host={host}", f"--policy={spec.balancer}",
-        f"--migration_limit={spec.more.migration_limit}", f"--retries={max(2, spec.more.migration_limit)}", f"--hold_timeout_s={spec.more.hold_s}",
-        f"--resume_timeout_s={max(1.0, spec.more.hold_s)}", f"--silence_timeout_s={spec.stream_timeout_s}",
-        "--health_interval_s=0.5",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "launch.route",
+        "--managed",
+        *(f"--{name}={value}" for name, value in options.items()),
+    ]
     if api_key is not None:
         words.append(f"--api_key={api_key}")
     return f"exec {shlex.join(words)} --port=$ROUTER_PORT"

@@ -216,7 +216,7 @@ def test_the_openai_client_sees_one_stream(setup: Setup) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_server_that_shuts_down_hands_its_answers_over(engine: Engine, http: httpx.Client, stream: bool) -> None:
-    body = {**REQUESTS["several choices"], "n": 1, "max_tokens": 400}
+    body = {**REQUESTS["several choices"], "n": 1, "max_tokens": 250}
     if not stream:
         body = {name: value for name, value in body.items() if not name.startswith("stream")}
     ending = BackgroundServer(engine, ServerConfig(port=0, model_name="tiny", drain_timeout_s=0.05))
