@@ -7,7 +7,8 @@ sequences. The roofline is those bytes over the bandwidth of a copy, measured in
     engine    `Engine.step` with all its work on the host, in the middle of as many answers
 
 Weights are random. `--shape=llama8b` is Llama 3 8B's, for an accelerator, and the default there; `--shape=qwen0.5b` is
-Qwen2.5-0.5B's, with `--layers` fewer. Steps of many rows on a CPU are bound by arithmetic, and their share says little.
+Qwen2.5-0.5B's, with fewer `--layers` and a smaller `--vocab_size`. Steps of many rows on a CPU are bound by arithmetic,
+and their share says little.
 """
 
 import dataclasses
@@ -36,6 +37,9 @@ from launch.serve_benchmark.shapes import llama8b, model_config, token_bytes, we
 
 _SHAPE = flags.DEFINE_enum("shape", None, ["llama8b", "qwen0.5b"], "the model; by default the one for this machine")
 _LAYERS = flags.DEFINE_integer("layers", None, "layers; by default 32 of llama8b, 6 of qwen0.5b", lower_bound=1)
+_VOCAB_SIZE = flags.DEFINE_integer(
+    "vocab_size", 37_984, "vocabulary of qwen0.5b; Qwen2.5-0.5B has 151936", lower_bound=2
+)
 _ROWS = flags.DEFINE_integer("rows", None, "answers at once; by default 64, on a CPU 8", lower_bound=1)
 _CONTEXT = flags.DEFINE_integer("context", None, "tokens of each before; by default 2048, on a CPU 512", lower_bound=1)
 _PAGE = flags.DEFINE_integer("page_size", 64, "tokens in a page of the KV cache")
@@ -206,7 +210,7 @@ def _engine_seconds(engine: Engine, setting: Setting, sampling: SamplingParams) 
 def run() -> dict[str, Any]:
     on_cpu = jax.default_backend() == "cpu"
     shape = _SHAPE.value or ("qwen0.5b" if on_cpu else "llama8b")
-    model = llama8b(_LAYERS.value or 32) if shape == "llama8b" else model_config(_LAYERS.value or 6, 37_984)
+    model = llama8b(_LAYERS.value or 32) if shape == "llama8b" else model_config(_LAYERS.value or 6, _VOCAB_SIZE.value)
     setting = Setting(
         model, _ROWS.value or (8 if on_cpu else 64), _CONTEXT.value or (512 if on_cpu else 2048), _PAGE.value,
         _STEPS.value,

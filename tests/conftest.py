@@ -1,11 +1,17 @@
 """What all tests share: one folder of compiled programs, so that a program met twice in a run is compiled once, by
-whichever worker meets it first."""
+whichever worker, or program that a test starts, meets it first; and in some folders quick compilation, which is most of
+their tests' time.
+"""
 
 import os
 
+import jax
 import pytest
 
 from jaxstack.runtime.compilation import use_compilation_cache
+
+# Folders whose tests' machine code is not optimised. XLA's own passes are the same either way.
+QUICKLY_COMPILED = {"launch"}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -13,4 +19,16 @@ def compiled_programs(tmp_path_factory):
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"  # one for all workers
     use_compilation_cache(folder)
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": str(folder),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def machine_code(request, compiled_programs):
+    quick = request.path.parent.name in QUICKLY_COMPILED
+    jax.config.update("jax_disable_most_optimizations", quick)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quick))

@@ -41,6 +41,7 @@ def drawn(request, monkeypatch):
     if not request.param:
         return draw
     monkeypatch.setattr(sampling, "platform", lambda: "gpu")
+    monkeypatch.setattr(sampling, "_BLOCKS", (128,))  # all pairs of columns are a sixteenth of what they are with 512
     return lambda *arguments: draw(*arguments, on_gpu)
 
 

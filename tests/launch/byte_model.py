@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from flax import nnx
-
 from jaxstack.models.checkpoint import save_decoder
-from jaxstack.models.decoder import Decoder, DecoderConfig
+from jaxstack.models.decoder import DecoderConfig
 from jaxstack.models.tokenizer import byte_tokenizer
+from jaxstack.training.initialize import fresh_decoder
 
 
 def byte_model(window: int, **more: Any) -> DecoderConfig:
@@ -28,5 +27,5 @@ def byte_model(window: int, **more: Any) -> DecoderConfig:
 
 def save(folder: Path, config: DecoderConfig) -> None:
     """Random weights and the byte tokenizer, as a Hugging Face folder."""
-    save_decoder(Decoder(config, rngs=nnx.Rngs(0)), folder)
+    save_decoder(fresh_decoder(config), folder)
     byte_tokenizer().save(folder)

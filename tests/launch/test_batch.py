@@ -1,30 +1,16 @@
 """`python -m launch.batch`, killed while it writes: after the next run every answer is there exactly once."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from byte_model import byte_model, save
+from programs import run, start
 
-ROOT = Path(__file__).parents[2]
 MODEL = byte_model(1024)
-REQUESTS = 40
-
-
-def start(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "launch.batch", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+REQUESTS, TOKENS = 20, 100
 
 
 @pytest.fixture
@@ -33,7 +19,7 @@ def flags(tmp_path: Path) -> list[str]:
     save(folder, MODEL)
     lines = []
     for i in range(REQUESTS):
-        body = {"prompt": f"{i}: ", "max_tokens": 200, "seed": i, "ignore_eos": True, "return_token_ids": True}
+        body = {"prompt": f"{i}: ", "max_tokens": TOKENS, "seed": i, "ignore_eos": True, "return_token_ids": True}
         lines.append({"custom_id": f"r{i}", "method": "POST", "url": "/v1/completions", "body": body})
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return [
@@ -47,7 +33,7 @@ def flags(tmp_path: Path) -> list[str]:
 
 def test_killed_and_started_again(flags: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    first = start(*flags)
+    first = start("launch.batch", *flags, anew=True)
     while not out.exists() or out.read_bytes().count(b"\n") < 3:
         assert first.poll() is None, first.communicate()
         time.sleep(0.002)
@@ -58,19 +44,18 @@ def test_killed_and_started_again(flags: list[str], tmp_path: Path) -> None:
     assert 3 <= finished < REQUESTS
     # What a kill in the middle of a write leaves.
     out.write_bytes(before + b'{"id": "batch_req_0", "custom_id": "r3')
-    second = start(*flags)
-    shown, told = second.communicate(timeout=300)
-    assert second.returncode == 0, told
-    summary = json.loads(shown.splitlines()[-1])
+    second = run("launch.batch", *flags)
+    assert second.returncode == 0, second.stderr
+    summary = json.loads(second.stdout.splitlines()[-1])
     assert summary["requests"] == REQUESTS and summary["answered_before"] == finished
     assert summary["succeeded"] == REQUESTS - finished and summary["failed"] == 0
-    assert "batch" in told  # the bar
+    assert "batch" in second.stderr  # the bar
     answers = [json.loads(line) for line in out.read_bytes().splitlines()]
     assert out.read_bytes().startswith(before[: before.rindex(b"\n") + 1])
     assert sorted(answer["custom_id"] for answer in answers) == sorted(f"r{i}" for i in range(REQUESTS))
     for answer in answers:
         assert answer["response"]["status_code"] == 200
-        assert len(answer["response"]["body"]["choices"][0]["token_ids"]) == 200
+        assert len(answer["response"]["body"]["choices"][0]["token_ids"]) == TOKENS
 
 
 def test_wrong_usage_is_one_line(flags: list[str], tmp_path: Path) -> None:
@@ -78,7 +63,6 @@ def test_wrong_usage_is_one_line(flags: list[str], tmp_path: Path) -> None:
         ([flags[0]], 2, "--output is missing"),
         ([flags[0], f"--output={tmp_path / 'in.jsonl'}"], 2, "found the input file"),
     ):
-        process = start(*arguments)
-        shown, told = process.communicate(timeout=120)
-        assert process.returncode == code and shown == ""
-        assert told.startswith("error: ") and message in told and told.count("\n") == 1
+        done = run("launch.batch", *arguments)
+        assert done.returncode == code and done.stdout == ""
+        assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1

@@ -1,13 +1,12 @@
 """bench_decode as a user runs it, and what it counts."""
 
 import json
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from programs import run
 
 from jaxstack.models.decoder import Decoder
 from jaxstack.models.serving_layout import fuse_for_serving
@@ -15,11 +14,10 @@ from launch.serve_benchmark.shapes import llama8b, model_config, token_bytes, we
 
 
 def test_a_run_gives_both_figures():
-    flags = ["--layers=1", "--rows=2", "--context=40", "--page_size=16", "--steps=2"]
-    command = [sys.executable, "-m", "launch.bench_decode", *flags]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout.strip().splitlines()[-1])
+    flags = ["--layers=1", "--vocab_size=640", "--rows=2", "--context=40", "--page_size=16", "--steps=2"]
+    done = run("launch.bench_decode", *flags, anew=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.strip().splitlines()[-1])
     assert found["recompilations"] == 0 and found["layers"] == 1
     for part in ("program", "engine"):
         for kind in ("greedy", "sampled"):
@@ -30,10 +28,9 @@ def test_a_run_gives_both_figures():
 
 
 def test_a_context_beyond_the_model_is_refused():
-    command = [sys.executable, "-m", "launch.bench_decode", "--shape=llama8b", "--context=8000"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert run.returncode == 2 and run.stderr.count("\n") == 1
-    assert "--context: found 8000 tokens" in run.stderr and "expected at most 8192" in run.stderr
+    done = run("launch.bench_decode", "--shape=llama8b", "--context=8000")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "--context: found 8000 tokens" in done.stderr and "expected at most 8192" in done.stderr
 
 
 def test_bytes_of_a_step():

@@ -1,34 +1,27 @@
 """bench_kernels as a user runs it, and the parts that its figures rest on."""
 
 import json
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import run
 
 from kernels import kv_write as kv_write_package
 from launch.kernel_benchmark import attention, case, heads_and_rows, measure, mixture
 
 
-def bench(*arguments):
-    command = [sys.executable, "-m", "launch.bench_kernels", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200)
-
-
 def test_a_run_writes_its_summary_and_plot(tmp_path):
-    run = bench(
-        "--ops=matmul,kv_write", "--shapes=64x96", "--rows=1,3", "--seconds=0.01", f"--workdir={tmp_path / 'new'}"
-    )
-    assert run.returncode == 0, run.stderr
-    summary = json.loads(run.stdout.strip().splitlines()[-1])
+    flags = ["--ops=matmul,kv_write", "--shapes=64x96", "--rows=1,3", "--seconds=0.01"]
+    done = run("launch.bench_kernels", *flags, f"--workdir={tmp_path / 'new'}", anew=True)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.strip().splitlines()[-1])
     assert summary == json.loads((tmp_path / "new" / "summary.json").read_text())
     assert (tmp_path / "new" / "bench_kernels.png").read_bytes().startswith(b"\x89PNG")
     rows = summary["results"]
     assert {row["op"] for row in rows} == {"matmul", "kv_write"}
-    assert "64x96, 3 rows" in run.stderr
+    assert "64x96, 3 rows" in done.stderr
     for row in rows:
         assert row["error"] <= (1e-2 if "bf16" in row["implementation"] else 1e-5), row
         if row["ms"] is not None:
@@ -46,10 +39,10 @@ def test_a_run_writes_its_summary_and_plot(tmp_path):
     ],
 )
 def test_bad_usage(flag, message, tmp_path):
-    run = bench(flag, f"--workdir={tmp_path}")
-    assert run.returncode == 2
-    assert run.stderr.startswith(message) and run.stderr.count("\n") == 1
-    assert not run.stdout and not list(tmp_path.iterdir())
+    done = run("launch.bench_kernels", flag, f"--workdir={tmp_path}")
+    assert done.returncode == 2
+    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
+    assert not done.stdout and not list(tmp_path.iterdir())
 
 
 def test_each_operation_begins_with_a_case_for_errors_alone_that_meets_the_oracle():

@@ -15,12 +15,11 @@ from typing import Any
 
 import pytest
 from byte_model import byte_model, save
-from flax import nnx
 
 from jaxstack.engine import Engine, EngineConfig, SamplingParams
-from jaxstack.models.decoder import Decoder
 from jaxstack.models.tokenizer import byte_tokenizer
 from jaxstack.serving import BackgroundServer, ServerConfig
+from jaxstack.training.initialize import fresh_decoder
 
 ROOT = Path(__file__).parents[2]
 MODEL = byte_model(4096, initializer_range=0.3)
@@ -29,7 +28,7 @@ MODEL = byte_model(4096, initializer_range=0.3)
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     settings = EngineConfig(max_sequences=1, max_batch_tokens=16, num_pages=300)
-    engine = Engine(Decoder(MODEL, rngs=nnx.Rngs(0)), byte_tokenizer(), settings)
+    engine = Engine(fresh_decoder(MODEL), byte_tokenizer(), settings)
     engine.start(progress=False)
     yield engine
     engine.close()

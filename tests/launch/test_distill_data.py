@@ -1,9 +1,6 @@
 """`python -m launch.distill_data` against a teacher and a rewriter behind HTTP: what it keeps, and why not the rest."""
 
 import json
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
+from programs import run
 
 
 class Endpoint(BaseHTTPRequestHandler):
@@ -65,17 +61,6 @@ def url() -> Iterator[str]:
         thread.join()
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "launch.distill_data", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 def test_over_http(tmp_path: Path, url: str) -> None:
     problems = tmp_path / "problems.jsonl"
     rows = [{"id": i, "problem": f"What is {i} plus 40?", "answer": str(40 + i)} for i in range(1, 5)]
@@ -84,7 +69,7 @@ def test_over_http(tmp_path: Path, url: str) -> None:
     known.write_text(json.dumps({"id": 7, "problem": "what is 4 plus 40", "answer": "44"}) + "\n")
     flags = [f"--problems={problems}", f"--evaluation=AIME24:{known}", f"--workdir={tmp_path / 'run'}"]
     flags += [f"--url={url}", f"--rewriter_url={url}", "--max_tokens=50", "--noextended"]
-    done = run(*flags)
+    done = run("launch.distill_data", *flags, anew=True)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary == {"problems": 4, "kept": 2, "failed": 0, "rejected": {"decontaminate": 1, "grade": 1}}

@@ -2,9 +2,8 @@
 
 import json
 import subprocess
-import sys
-from pathlib import Path
 
+import programs
 import pytest
 
 from jaxstack.engine.scheduling import policy_named
@@ -19,7 +18,6 @@ from launch.dlpm_study.config import Parts, StudyConfig
 from launch.dlpm_study.simulated import simulate
 from launch.papers import dlpm
 
-REPOSITORY = Path(__file__).parents[2]
 TINY = StudyConfig(
     quanta=(512, 2048),
     warm_s=0.4,
@@ -130,15 +128,12 @@ def trace(tmp_path_factory):
     return file
 
 
-def replay(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "launch.replay", *arguments],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+def replay(*arguments: str, **how: bool) -> subprocess.CompletedProcess[str]:
+    return programs.run("launch.replay", *arguments, **how)
 
 
 def test_replay_prints_a_table(trace, tmp_path):
-    done = replay(f"--trace={trace}", "--policies=vtc,dlpm", "--quantum=2048", f"--workdir={tmp_path}")
+    done = replay(f"--trace={trace}", "--policies=vtc,dlpm", "--quantum=2048", f"--workdir={tmp_path}", anew=True)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert summary == json.loads((tmp_path / "summary.json").read_text())

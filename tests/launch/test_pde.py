@@ -1,16 +1,12 @@
 """`python -m launch.pde`, as a user types it."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
+import programs
 import pytest
 
-REPOSITORY = Path(__file__).parents[2]
 SMALL = (
     "--config.method=npdg", "--config.dim=2", "--config.npdg.width=12", "--config.npdg.depth=3",
     "--config.npdg.interior_samples=60", "--config.npdg.boundary_samples=40",
@@ -37,17 +33,9 @@ wrong = make(1.0)
 """
 
 
-def start(*arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "launch.pde", *arguments], cwd=REPOSITORY, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
-
-
-def run(*arguments: str) -> tuple[int, str, str]:
-    process = start(*arguments)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
+def run(*arguments: str, **how: bool) -> tuple[int, str, str]:
+    done = programs.run("launch.pde", *arguments, **how)
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +49,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, compiled_programs):
     import numpy as np
 
     arguments = (*SMALL, "--config.budget_s=none", "--config.max_iterations=400")
-    code, out, err = run(*arguments, f"--workdir={tmp_path / 'whole'}")
+    code, out, err = run(*arguments, f"--workdir={tmp_path / 'whole'}", anew=True)
     assert code == 0, err
     summary = json.loads(out.splitlines()[-1])
     assert summary == json.loads((tmp_path / "whole" / "summary.json").read_text())
@@ -72,7 +60,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, compiled_programs):
     assert len((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()) >= 40
 
     killed = tmp_path / "killed"
-    process, deadline = start(*arguments, "--checkpoint_every_s=0.05", f"--workdir={killed}"), time.monotonic() + 120
+    process = programs.start("launch.pde", *arguments, "--checkpoint_every_s=0.05", f"--workdir={killed}")
+    deadline = time.monotonic() + 120
     while not any(f.name.isdigit() for f in (killed / "checkpoints").glob("*")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)

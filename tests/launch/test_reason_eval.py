@@ -1,29 +1,16 @@
 """`python -m launch.reason_eval` with the embedded model: figures, files, continuation, and one line for bad usage."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "launch.reason_eval", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+from programs import run
 
 
 def test_the_embedded_model(tmp_path: Path) -> None:
     """A real engine, asked from several threads; its prompt opens the thought."""
     flags = ["--limit=12", "--samples=2", "--budgets=40,150", "--temperature=1", f"--workdir={tmp_path}"]
-    done = run(*flags, "--max_sequences=4", "--max_batch_tokens=32", "--pages=100")
+    flags += ["--max_sequences=4", "--max_batch_tokens=32", "--pages=100"]
+    done = run("launch.reason_eval", *flags, anew=True)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary == json.loads((tmp_path / "summary.json").read_text())
@@ -38,7 +25,7 @@ def test_the_embedded_model(tmp_path: Path) -> None:
 
 
 def test_bad_usage(tmp_path: Path) -> None:
-    done = run("--task=chess", f"--workdir={tmp_path}")
+    done = run("launch.reason_eval", "--task=chess", f"--workdir={tmp_path}")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: --task: task 'chess' is unknown; known are AIME24")
     assert done.stderr.count("\n") == 1

@@ -1,7 +1,6 @@
 """`python -m launch.reproduce`: a study killed midway goes on where it was; plans of the full run; bad usage."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -9,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import programs
 import pytest
 
 from jaxstack.reasoning.longcot.cells import CellRunner
@@ -52,7 +52,7 @@ def start_study(workdir: Path) -> subprocess.Popen:
 
 def start_until_checkpoint(workdir: Path, cell: str) -> subprocess.Popen:
     """A study in the middle of a cell."""
-    process, deadline = start_study(workdir), time.monotonic() + 100
+    process, deadline = start_study(workdir), time.monotonic() + 300
     while not any((workdir / cell / "train" / "checkpoints").glob("[0-9]*")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
@@ -60,7 +60,7 @@ def start_until_checkpoint(workdir: Path, cell: str) -> subprocess.Popen:
 
 
 def finished(process: subprocess.Popen) -> str:
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
     return out
 
@@ -100,11 +100,8 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path, compiled_programs):
     assert [row["name"] for row in rows] == ["correct", "shuffle-1"]
 
 
-def reproduce(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "launch.reproduce", *arguments],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=200, env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
+def reproduce(*arguments: str, **how: bool) -> subprocess.CompletedProcess[str]:
+    return programs.run("launch.reproduce", *arguments, **how)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +126,8 @@ def test_the_full_run_is_planned_without_weights(tmp_path):
     ]  # fmt: skip
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[0]) + "\n")
-    done = reproduce("--paper=longcot", "--scale=full", f"--data={data}", f"--workdir={tmp_path / 'out'}")
+    flags = ["--paper=longcot", "--scale=full", f"--data={data}", f"--workdir={tmp_path / 'out'}"]
+    done = reproduce(*flags, anew=True)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary == json.loads((tmp_path / "out" / "summary.json").read_text())

@@ -5,7 +5,6 @@ what the answers cost.
 """
 
 import asyncio
-import contextlib
 import dataclasses
 import json
 import os
@@ -14,45 +13,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
+import programs
 import pytest
 from byte_model import byte_model, save
 
-ROOT = Path(__file__).parents[2]
 QUANTUM = 10**9
 
-# A line of stdin is a replica's command line; the imports, which take long, are done once.
-REPLICAS = """
-import os, signal, sys, warnings
-from launch import job, serve
-warnings.simplefilter("ignore")  # of forking with jax imported: no device is in use yet
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-while line := sys.stdin.readline():
-    if os.fork() == 0:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        print(os.getpid(), flush=True)
-        sys.argv = ["launch.serve", *line.rstrip().split(chr(9))]
-        job.main(serve.run)
-"""
 
-
-def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def url_of(child: subprocess.Popen[str]) -> str:
-    assert child.stdout is not None
+def url_of(child: Any) -> str:
     line = child.stdout.readline()
     assert " at http://127.0.0.1:" in line, child.communicate()
     return line.split()[-1].removesuffix("/v1")
@@ -62,7 +33,7 @@ def url_of(child: subprocess.Popen[str]) -> str:
 class Running:
     """A router, and the process numbers of its replicas by name."""
 
-    router: subprocess.Popen[str]
+    router: Any
     url: str
     replicas: dict[str, int]
 
@@ -71,29 +42,19 @@ class Running:
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("model")
     save(folder / "tiny", byte_model(512))
-    # The second and third find compiled what the first has compiled.
-    keep = {"JAX_COMPILATION_CACHE_DIR": str(folder / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     flags = [f"--model={folder / 'tiny'}", "--port=0", "--max_sequences=4", "--max_batch_tokens=16", "--page_size=8"]
-    parent = start("-c", REPLICAS, **keep)
-    assert parent.stdin is not None and parent.stdout is not None
-    replicas: dict[str, int] = {}
-    urls, children = [], [parent]
+    urls: list[str] = []
+    children: list[Any] = []
     try:
-        for _ in range(3):
-            parent.stdin.write(chr(9).join(flags) + "\n")
-            parent.stdin.flush()
-            pid = int(parent.stdout.readline())
-            replicas[f"not started {pid}"] = pid
-            urls.append(url_of(parent))
-            replicas[urls[-1].removeprefix("http://")] = replicas.pop(f"not started {pid}")
+        for _ in range(3):  # the second and third find compiled what the first has compiled
+            children.append(programs.start("launch.serve", *flags))
+            urls.append(url_of(children[-1]))
         more = [f"--replicas={','.join(urls)}", "--port=0", f"--quantum={QUANTUM}", "--health_interval_s=0.2"]
-        router = start("-m", "launch.route", *more)
+        router = programs.start("launch.route", *more, anew=True)
+        replicas = {url.removeprefix("http://"): replica.pid for url, replica in zip(urls, children)}
         children.append(router)
         yield Running(router, url_of(router), replicas)
     finally:
-        for pid in replicas.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
         for child in children:
             child.kill()
             child.communicate()
@@ -211,15 +172,16 @@ def test_mistakes_get_one_line_and_a_code() -> None:
         ("--replicas=http://a:1", "--threshold=0.4"): (2, "--threshold: d2lpm has none"),
         ("--policy=best",): (2, "--policy=best"),
     }
-    children = {flags: start("-m", "launch.route", *flags) for flags in cases}
-    for flags, child in children.items():
-        _, errors = child.communicate(timeout=120)
-        exit_code, message = cases[flags]
-        assert child.returncode == exit_code and "Traceback" not in errors
-        (said,) = [line for line in errors.splitlines() if line.startswith("error:")]
+    for flags, (exit_code, message) in cases.items():
+        done = programs.run("launch.route", *flags)
+        assert done.returncode == exit_code and "Traceback" not in done.stderr
+        (said,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
         assert message in said
 
 
 def test_it_needs_no_jax() -> None:
-    child = start("-c", "import sys; from launch import route; print(sorted({'jax', 'openai'} & set(sys.modules)))")
-    assert child.communicate(timeout=60)[0] == "[]\n"
+    program = "import sys; from launch import route; print(sorted({'jax', 'openai'} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=programs.ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "[]\n", done.stderr

@@ -1,30 +1,15 @@
 """`python -m launch.serve` as a user runs it: ready line, a request, SIGTERM; and one line for each mistake."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import httpx
 import pytest
 from byte_model import byte_model, save
+from programs import run, start
 
-ROOT = Path(__file__).parents[2]
 MODEL = byte_model(64)
-
-
-def run(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 @pytest.fixture
@@ -36,8 +21,8 @@ def folder(tmp_path: Path) -> Path:
 
 def test_serving_a_folder_until_a_signal(folder: Path) -> None:
     flags = [f"--model={folder}", "--port=0", "--max_sequences=1", "--max_batch_tokens=16", "--api_key=k"]
-    servers = {number: run("-m", "launch.serve", *flags) for number in (signal.SIGTERM, signal.SIGINT)}
-    for number, server in servers.items():
+    for number in (signal.SIGTERM, signal.SIGINT):
+        server = start("launch.serve", *flags, anew=number == signal.SIGTERM)
         assert server.stdout is not None
         line = server.stdout.readline()
         assert line.startswith("serving tiny-model at http://127.0.0.1:"), server.communicate()
@@ -46,7 +31,6 @@ def test_serving_a_folder_until_a_signal(folder: Path) -> None:
         answer = httpx.post(url, json=body, headers=key, timeout=60, trust_env=False)
         assert answer.json()["usage"]["completion_tokens"] == 4
         server.send_signal(number)
-    for server in servers.values():
         rest, errors = server.communicate(timeout=120)
         assert server.returncode == 0, errors
         assert json.loads(rest.splitlines()[-1]) == {
@@ -61,7 +45,7 @@ def test_serving_a_folder_until_a_signal(folder: Path) -> None:
 
 def test_serving_with_pages_on_the_host() -> None:
     flags = ["--max_sequences=2", "--max_batch_tokens=16", "--pages=40", "--page_size=4", "--port=0"]
-    server = run("-m", "launch.serve", *flags, "--kv_host_gb=0.1", "--kv_host_share=0.5")
+    server = start("launch.serve", *flags, "--kv_host_gb=0.1", "--kv_host_share=0.5")
     assert server.stdout is not None
     url = server.stdout.readline().split()[-1]
     for prompt in ([5, 6, 7, 8] * 6, [8, 7, 6, 5] * 6, [9, 8] * 12, [5, 6, 7, 8] * 6):
@@ -82,19 +66,6 @@ def test_serving_with_pages_on_the_host() -> None:
     assert "swapping: 160 tokens without, " in errors and "a fixed share" in errors
 
 
-# Each line of stdin is a command line; the imports, which take longest, are done once.
-DRIVER = """
-import os, sys, warnings
-from launch import job, serve
-warnings.simplefilter("ignore")  # of forking with jax imported: no device is in use yet
-for line in sys.stdin.read().splitlines():
-    if os.fork() == 0:
-        sys.argv = ["launch.serve", *line.split(chr(9))]
-        job.main(serve.run)
-    print("exit code", os.waitstatus_to_exitcode(os.wait()[1]), file=sys.stderr, flush=True)
-"""
-
-
 def test_mistakes_get_one_line_and_a_code(folder: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -104,27 +75,26 @@ def test_mistakes_get_one_line_and_a_code(folder: Path, tmp_path: Path) -> None:
     cases = {
         f"--model={tmp_path / 'nothing'}": (1, "nothing"),
         f"--model={broken}": (1, "config.json"),
-        f"--model={folder}\t--page_size=12": (1, "page_size: found 12, expected a power of two"),
-        f"--model={folder}\t--max_model_len=128": (1, "max_model_len: found 128"),
-        f"--model={folder}\t--port=99999": (1, "port: found 99999"),
-        f"--model={folder}\t--quantum=5": (1, "quantum: found 5 for the policy 'fcfs', expected none but for dlpm"),
-        f"--model={folder}\t--policy=dlpm\t--quantum=0": (1, "quantum: found 0, expected an integer >= 1"),
-        f"--model={folder}\t--client_weights=a=2,b": (2, "--client_weights: found 'b', expected NAME=WEIGHT"),
-        f"--model={folder}\t--api_keys={broken}": (2, "cannot be read"),
-        f"--model={folder}\t--api_keys={keys}": (2, "keys:3: found the name a second time, expected NAME=KEY"),
-        f"--model={folder}\t--kv_host_gb=1\t--kv_host_share=0.98": (2, "found 0.98, expected a number from 0 to 0.97"),
-        f"--model={folder}\t--kv_host_gb=1\t--kv_host_share=half": (2, "--kv_host_share: found 'half', expected auto"),
-        f"--model={folder}\t--kv_host_share=0.5": (2, "--kv_host_share: found a number, expected --kv_host_gb > 0"),
-        f"--model={folder}\t--kv_host_gb=1000000": (1, "kv_host_gb: found 1000000.0 GB, expected at most the "),
-        f"--model={folder}\t--kv_host_gb=0.1\t--speculation=3": (1, "swapping: found speculation = 3, expected 0"),
-        f"--model={folder}\tstray": (2, "unexpected argument 'stray'"),
+        f"--model={folder} --page_size=12": (1, "page_size: found 12, expected a power of two"),
+        f"--model={folder} --max_model_len=128": (1, "max_model_len: found 128"),
+        f"--model={folder} --port=99999": (1, "port: found 99999"),
+        f"--model={folder} --quantum=5": (1, "quantum: found 5 for the policy 'fcfs', expected none but for dlpm"),
+        f"--model={folder} --policy=dlpm --quantum=0": (1, "quantum: found 0, expected an integer >= 1"),
+        f"--model={folder} --client_weights=a=2,b": (2, "--client_weights: found 'b', expected NAME=WEIGHT"),
+        f"--model={folder} --api_keys={broken}": (2, "cannot be read"),
+        f"--model={folder} --api_keys={keys}": (2, "keys:3: found the name a second time, expected NAME=KEY"),
+        f"--model={folder} --kv_host_gb=1 --kv_host_share=0.98": (2, "found 0.98, expected a number from 0 to 0.97"),
+        f"--model={folder} --kv_host_gb=1 --kv_host_share=half": (2, "--kv_host_share: found 'half', expected auto"),
+        f"--model={folder} --kv_host_share=0.5": (2, "--kv_host_share: found a number, expected --kv_host_gb > 0"),
+        f"--model={folder} --kv_host_gb=1000000": (1, "kv_host_gb: found 1000000.0 GB, expected at most the "),
+        f"--model={folder} --kv_host_gb=0.1 --speculation=3": (1, "swapping: found speculation = 3, expected 0"),
+        f"--model={folder} stray": (2, "unexpected argument 'stray'"),
         "--port=many": (2, "--port=many"),
         "--colour=red": (2, "colour"),
     }
-    _, errors = run("-c", DRIVER).communicate("\n".join(cases), timeout=300)
-    assert "Traceback" not in errors
-    answers = errors.split("exit code ")
-    for (flags, (exit_code, message)), before, after in zip(cases.items(), answers[:-1], answers[1:], strict=True):
-        (said,) = [line for line in before.splitlines() if line.startswith("error:")]
+    for flags, (exit_code, message) in cases.items():
+        done = run("launch.serve", *flags.split())
+        assert "Traceback" not in done.stderr
+        (said,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
         assert message in said, flags
-        assert after.startswith(f"{exit_code}\n"), flags
+        assert done.returncode == exit_code, flags

@@ -3,10 +3,7 @@ with the tokens of the whole model, and stays within its budget; mistakes get on
 """
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -16,13 +13,14 @@ import openai
 import pytest
 from byte_model import save
 from flax import nnx
+from programs import run, start
 
 from jaxstack.models import DecoderConfig, MoeConfig, dense_attention
 from jaxstack.models.checkpoint import load_decoder
 from jaxstack.models.tokenizer import byte_tokenizer
 
-ROOT = Path(__file__).parents[2]
 BUDGET = 2_500_000
+SERVE = ("launch.serve", "--port=0", "--machine=emulated_t4")
 MODEL = DecoderConfig(
     architecture="MixtralForCausalLM",
     vocab_size=byte_tokenizer().vocab_size,
@@ -46,17 +44,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(*flags: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "launch.serve", "--port=0", "--machine=emulated_t4", *flags],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def assert_greedy(folder: Path, answers: list[list[int]]) -> None:
     """Every token is the likeliest after those before it in the whole model, where rounding does not decide."""
     graph, state = nnx.split(load_decoder(folder, progress=False))
@@ -75,8 +62,8 @@ def assert_greedy(folder: Path, answers: list[list[int]]) -> None:
 
 def test_a_model_four_times_its_device(folder: Path) -> None:
     assert (folder / "model.safetensors").stat().st_size > 4 * BUDGET
-    server = run(
-        f"--model={folder}", "--offload=cgopipe", f"--device_budget_gb={BUDGET / 1e9}", "--max_sequences=3",
+    server = start(
+        *SERVE, f"--model={folder}", "--offload=cgopipe", f"--device_budget_gb={BUDGET / 1e9}", "--max_sequences=3",
         "--max_batch_tokens=16", "--pages=40",
     )  # fmt: skip
     assert server.stdout is not None
@@ -111,11 +98,8 @@ def test_mistakes_get_one_line(folder: Path) -> None:
         ("--device_budget_gb=1",): "--device_budget_gb: found it without --offload",
         ("--offload=auto", "--device_budget_gb=0.002", "--machine=z"): "machine: found 'z', expected a file or one of",
     }
-    servers = {
-        flags: run(f"--model={folder}", "--max_sequences=2", "--max_batch_tokens=16", "--pages=40", *flags)
-        for flags in cases
-    }
-    for flags, server in servers.items():
-        _, errors = server.communicate(timeout=120)
-        assert server.returncode in (1, 2) and "Traceback" not in errors
-        assert cases[flags] in errors, errors
+    sizes = ("--max_sequences=2", "--max_batch_tokens=16", "--pages=40")
+    for flags, message in cases.items():
+        done = run(*SERVE, f"--model={folder}", *sizes, *flags)
+        assert done.returncode in (1, 2) and "Traceback" not in done.stderr
+        assert message in done.stderr
