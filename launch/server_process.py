@@ -49,18 +49,18 @@ def server_process(
     port = free_port()
     log_file.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "launch.serve", f"--model={model}", "--host=127.0.0.1", f"--port={port}", *flags]
-    with log_file.open("w") as log:
-        # In a session of its own: a Ctrl-C at the terminal reaches us alone, and we stop it.
-        child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
     url = f"http://127.0.0.1:{port}"
-    try:
-        with _terminated_like_interrupted():
+    with _terminated_like_interrupted():
+        with log_file.open("w") as log:
+            # In a session of its own: a Ctrl-C at the terminal reaches us alone, and we stop it.
+            child = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        try:
             _wait_until_ready(child, url, log_file, start_timeout_s)
             yield url
-    finally:
-        _stop(child)
+        finally:
+            _stop(child)
 
 
 def metrics(url: str) -> dict[str, float]:
