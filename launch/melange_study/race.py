@@ -124,7 +124,8 @@ def geometric_mean(values: Sequence[float]) -> float | None:
 
 
 def _timed(run: Callable[[], Any], repeats: int) -> dict[str, Any]:
-    cpu, wall = [], []
+    cpu: list[float] = []
+    wall: list[float] = []
     while not cpu or (len(cpu) < repeats and cpu[0] < _LONG_S):
         began, used = time.perf_counter(), time.process_time()
         plan = run()
