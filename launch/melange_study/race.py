@@ -88,8 +88,8 @@ def open_peer(interpreter: str, log_file: Path) -> PeerProcess:
 def race(instance: Instance, peer: PeerProcess | None, *, cbc_limit_s: float, repeats: int = 3) -> dict[str, Any]:
     """One instance on all sides; seconds of processor and wall."""
     problem = instance.problem
-    sliced = _timed(lambda: solve(problem, time_limit_s=60), repeats)
-    shared = _timed(lambda: solve(dataclasses.replace(problem, slice_factor=None), time_limit_s=60), repeats)
+    sliced = _timed(lambda: solve(problem, time_limit_s=300), repeats)
+    shared = _timed(lambda: solve(dataclasses.replace(problem, slice_factor=None), time_limit_s=300), repeats)
     found: dict[str, Any] = {
         "name": instance.name,
         "slices": sliced,
