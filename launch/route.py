@@ -10,7 +10,11 @@ begun go on with another, token by token as they would have been. `/` says what 
 for Prometheus, `/health` is 200 while a replica can be asked.
 
 Policies: d2lpm (fair to clients, and local), cache_aware (SGLang's rule), preble, least_load, round_robin,
-client_round_robin.
+client_round_robin. Over replicas of different kinds, with the tables of a plan (launch.allocate): occupancy (the least
+occupied one that can serve the request), plan, throughput, profiled_load, spill:
+
+    python -m launch.route --policy=occupancy --routing_table=work/allocate/routing.json \\
+        --replicas=http://127.0.0.1:8001,http://127.0.0.1:8002 --replica_kinds=L4,A100-80GB
 """
 
 import contextlib
@@ -20,14 +24,16 @@ from absl import flags
 
 from jaxstack.serving import ServerConfig
 from jaxstack.serving.http_server import listen
-from jaxstack.serving.router import ROUTING_POLICIES, RouterConfig, routing_policy_named, serve_router
+from jaxstack.serving.router import ROUTING_POLICIES, RouterConfig, RoutingPolicy, routing_policy_named, serve_router
+from jaxstack.serving.router.config import address
+from jaxstack.serving.router.mixed_fleet import RULES, MixedFleet, RoutingTable
 from launch import job
 
 _HTTP = ServerConfig()
 _ROUTER = RouterConfig(("http://127.0.0.1:1",))
 
 _REPLICAS = flags.DEFINE_list("replicas", [], "URLs of the replicas, http://HOST:PORT, comma between them")
-_POLICY: Any = flags.DEFINE_enum("policy", "d2lpm", list(ROUTING_POLICIES), "who gets a request")
+_POLICY: Any = flags.DEFINE_enum("policy", "d2lpm", [*ROUTING_POLICIES, *RULES], "who gets a request")
 _QUANTUM = flags.DEFINE_integer("quantum", 8000, "d2lpm: service a client may ask of each replica in a round")
 _CHARGE: Any = flags.DEFINE_enum(
     "charge", "extend", ["extend", "input"], "d2lpm: what is charged of a prompt: what must be computed, or all of it"
@@ -37,6 +43,8 @@ _THRESHOLD = flags.DEFINE_float(
 )
 _BALANCE_ABS = flags.DEFINE_integer("balance_abs", 64, "cache_aware: loads further apart than this are evened out")
 _BALANCE_REL = flags.DEFINE_float("balance_rel", 1.5, "cache_aware: and by more than so many times")
+_TABLE = flags.DEFINE_string("routing_table", None, "occupancy and the like: routing.json of launch.allocate")
+_KINDS = flags.DEFINE_list("replica_kinds", [], "and of which kind each replica is, in the order of --replicas")
 _HOST = flags.DEFINE_string("host", _HTTP.host, "address to listen on; 0.0.0.0 lets other machines in")
 _PORT = flags.DEFINE_integer("port", _HTTP.port, "port to listen on; 0 takes a free one")
 _API_KEY = flags.DEFINE_string("api_key", None, "key that clients must send as bearer token")
@@ -62,6 +70,19 @@ _HOLD = flags.DEFINE_float(
 )
 _MANAGED = flags.DEFINE_bool("managed", False, "replicas come and go by POST /router/replicas; there may be none yet")
 _PEERS = flags.DEFINE_list("peers", [], "d2lpm: URLs of other routers before the same replicas, to share accounts with")
+
+
+def mixed_fleet(config: RouterConfig) -> RoutingPolicy:
+    """The policy for replicas of different kinds."""
+    if _TABLE.value is None:
+        raise job.BadUsage(
+            f"--routing_table is missing: --policy={_POLICY.value} reads routing.json of launch.allocate"
+        )
+    if len(_KINDS.value) != len(config.replicas):
+        found = f"{len(_KINDS.value)} kinds for {len(config.replicas)} replicas"
+        raise job.BadUsage(f"--replica_kinds: found {found}, expected one for each")
+    names = [address(url, "replicas").partition("://")[2] for url in config.replicas]
+    return MixedFleet(RoutingTable.load(_TABLE.value), dict(zip(names, _KINDS.value)), _POLICY.value)
 
 
 def run() -> dict[str, Any]:
@@ -100,7 +121,7 @@ def run() -> dict[str, Any]:
         if name is None:
             raise job.BadUsage(f"--threshold: {_POLICY.value} has none; it is for cache_aware and preble")
         options[name] = _THRESHOLD.value
-    policy = routing_policy_named(_POLICY.value, **options)
+    policy = mixed_fleet(config) if _POLICY.value in RULES else routing_policy_named(_POLICY.value, **options)
 
     def on_ready(url: str) -> None:
         print(f"routing over {len(config.replicas)} replicas at {url}/v1", flush=True)
