@@ -296,7 +296,7 @@ def test_killed_anywhere_in_random_histories(tmp_path: Path, block: int) -> None
             countdown[0] -= 1
 
         countdown = [choose.randrange(12)]
-        for _ in range(30):
+        for _ in range(24):
             what = choose.random()
             if what < 0.12:
                 world.machines.preempt(choose)
