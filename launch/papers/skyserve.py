@@ -23,6 +23,10 @@ _SKYSERVE_WORKERS = flags.DEFINE_integer("skyserve_workers", 2, "simulations sid
 def run(workdir: Path, *, scale: str) -> Mapping[str, Any]:
     """Runs the study, or goes on with it. Returns the summary."""
     workdir.mkdir(parents=True, exist_ok=True)
+    if scale == "full":
+        from launch.skyserve_study import full_scale
+
+        return full_scale.run(workdir)
     count = _WINDOWS.value
     settings = Settings(
         count,

@@ -8,11 +8,14 @@ from hypothesis import strategies as st
 from jaxstack.fleet.spot.evaluation import POLICIES, Load, Scenario, latencies, run_policy, synthetic_windows
 from jaxstack.fleet.spot.latency import exponential_services, poisson_arrivals, replay
 from jaxstack.fleet.spot.policy import (
+    Backoff,
     FixedTarget,
+    RebalanceConfig,
     RequestRateAutoscaler,
     ServingPolicy,
     SpotOnly,
     ZonePlacer,
+    ZonePrice,
     spothedge,
 )
 from jaxstack.fleet.spot.reference import ready_by_windowed_minimum, simulate_plainly
@@ -43,6 +46,27 @@ def test_against_the_plain_loop(rows, name, cold_ticks):
     assert fast.spot.tolist() == plain["spot"].tolist()
     assert fast.on_demand.tolist() == plain["on_demand"].tolist()
     assert (fast.bill_usd_per_hour == fast.spot + 3 * fast.on_demand).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    capacities,
+    st.sampled_from([(1.0, 1.0, 1.0), (1.0, 1.5, 2.0), (2.0, 1.0, 1.5)]),
+    st.sampled_from([None, 240.0, 900.0]),
+)
+def test_ticks_that_are_passed_over_would_have_done_nothing(rows, prices, risk_s):
+    """Moves and risk windows end by the clock alone; the plain loop asks at every tick."""
+    names = tuple(f"z{i}" for i in range(len(rows)))
+    priced = {name: ZonePrice(price, 4.0) for name, price in zip(names, prices)}
+    trace = SpotTrace(names, 30.0, np.repeat(rows, 8, axis=1), priced)
+    make = lambda: spothedge(  # noqa: E731
+        FixedTarget(2), risk_window_s=risk_s, rebalance=RebalanceConfig(after_s=300.0), backoff=Backoff(60.0, 240.0)
+    )
+    fast = simulate(trace, make(), tick_s=30.0, cold_start_s=60.0)
+    plain = simulate_plainly(trace, make(), tick_s=30.0, cold_ticks=2)
+    assert fast.ready.tolist() == plain["ready"].tolist()
+    assert fast.spot.tolist() == plain["spot"].tolist()
+    assert fast.on_demand.tolist() == plain["on_demand"].tolist()
 
 
 @settings(max_examples=60, deadline=None)

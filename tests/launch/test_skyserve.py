@@ -7,10 +7,11 @@ import sys
 
 import pytest
 
+from jaxstack.fleet.controller import load_service
 from jaxstack.fleet.spot.synthetic import PROFILES, generate
 from jaxstack.fleet.spot.traces import save_trace_dir
 from jaxstack.runtime.errors import UserError
-from launch.skyserve_study import report
+from launch.skyserve_study import full_scale, report
 from launch.skyserve_study.simulated import Settings
 from launch.skyserve_study.study import run_study
 
@@ -86,6 +87,16 @@ def test_bad_flags_are_one_line(tmp_path):
     done = reproduce("--trace_dir=/nowhere", f"--workdir={tmp_path}")
     assert done.returncode == 1 and done.stderr.startswith("error: --trace_dir=/nowhere: found no folder")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_paper_s_own_run_is_planned_in_files_that_can_be_read(tmp_path):
+    summary = full_scale.run(tmp_path)
+    spec = load_service(summary["files"]["spothedge"])
+    assert spec.spot and spec.policy.overprovision == 1 and spec.policy.max_replicas == 3
+    assert not load_service(summary["files"]["on-demand"]).spot
+    costs = {name: row["usd"] for name, row in summary["expected"].items()}
+    assert costs["on_demand"] == pytest.approx(3 * 24 * 16.288, abs=0.01)
+    assert costs["spot_pool"] < costs["ours"] < costs["on_demand"]
 
 
 def test_a_window_longer_than_the_trace_is_one_line(tmp_path):
