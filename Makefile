@@ -39,7 +39,7 @@ serve: venv
 
 # Two processes: most of the time goes into compiling small programs, which one core does at a time.
 test: venv browser
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The server's page is tested in a real browser. Where there is none and none can be installed, those tests are skipped and say so.
 browser:

@@ -4,14 +4,26 @@ their tests' time.
 """
 
 import os
+from pathlib import Path
 
 import jax
 import pytest
 
 from jaxstack.runtime.compilation import use_compilation_cache
 
-# Folders whose tests' machine code is not optimised. XLA's own passes are the same either way.
-QUICKLY_COMPILED = {"launch"}
+# Folders and files whose tests' machine code is not optimised. XLA's own passes are the same either way.
+QUICKLY_COMPILED = {
+    "launch", "test_training_chat", "test_training_flops", "test_training_generation", "test_training_lora",
+    "test_training_rl", "test_moe",
+}  # fmt: skip
+# Where the files are that take longest: first, so that no worker is left with one alone at the end.
+LONGEST = ("launch", "fleet", "training", "engine", "pde", "models", "kernels", "serving")
+
+
+def pytest_collection_modifyitems(items):
+    places = {folder: place for place, folder in enumerate(LONGEST)}
+    here = Path(__file__).parent
+    items.sort(key=lambda item: places.get(item.path.relative_to(here).parts[0], len(places)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,6 +41,6 @@ def compiled_programs(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def machine_code(request, compiled_programs):
-    quick = request.path.parent.name in QUICKLY_COMPILED
+    quick = bool({request.path.parent.name, request.path.stem} & QUICKLY_COMPILED)
     jax.config.update("jax_disable_most_optimizations", quick)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quick))
