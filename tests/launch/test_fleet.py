@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -62,3 +63,14 @@ def test_mistakes_get_one_line_and_a_code(arguments: tuple[str, ...], code: int,
     assert done.returncode == code and "Traceback" not in done.stderr
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert message in said
+
+
+def test_a_port_that_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "service.yaml").write_text("service: {readiness_probe: /, replicas: 1}\nrun: sleep 60\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = fleet("up", str(tmp_path / "service.yaml"), f"--workdir={tmp_path / 'fleet'}", f"--port={port}")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "proxy: it does not answer" in said and f"cannot listen on 127.0.0.1:{port}" in said
+    assert not list((tmp_path / "fleet" / "replicas").iterdir())  # nothing was started for nobody

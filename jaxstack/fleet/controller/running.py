@@ -160,8 +160,9 @@ async def bring_down(folder: Path) -> int:
 
 
 async def _start_proxy(proxy: ProxyProcess, router: RouterClient) -> None:
+    await _keep(proxy, strict=True)
     for _ in range(int(_PROXY_S / 0.1)):
-        if not await _keep(proxy, strict=True):
+        if proxy.pid is None:  # it has ended
             break
         if await router.traffic() is not None:
             return
