@@ -144,7 +144,7 @@ def brute_force_shares(problem: AllocationProblem, most: int) -> float:
     return best
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(problems(types=(2, 2), side=(1, 2), headroom=False))
 def test_shares_cost_what_brute_force_finds(problem):
     most = 6
@@ -194,7 +194,7 @@ def test_slices_cost_what_the_papers_program_finds(problem, slices):
         assert found.cost_usd_per_hour == pytest.approx(theirs, abs=1e-5)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(problems(), st.data())
 def test_what_holds_for_every_plan(problem, data):
     found = solve(problem)
@@ -238,7 +238,7 @@ def test_what_holds_for_every_plan(problem, data):
     assert np.array_equal(turned.shares, found.shares[..., list(order)])
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(problems(types=(2, 3), side=(1, 2)), st.integers(1, 2))
 def test_replicas_may_be_lost(problem, lost):
     found = solve(dataclasses.replace(problem, redundancy=lost))
