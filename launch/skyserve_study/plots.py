@@ -56,7 +56,8 @@ def _cost(settings: Settings, found: Parts) -> Figure:
             if policy in _COLOURS:
                 ax.plot(cost / 100, availability / 100, "o", mfc="none", color=_COLOURS[policy])
         rows = found[f"omniscient-{traces}"]["rows"]
-        ax.axvline(np.mean([row["cost"] for row in rows]), color="black", linestyle=":", linewidth=1)
+        if solved := [row["cost"] for row in rows if row["status"] == "optimal"]:
+            ax.axvline(np.mean(solved), color="black", linestyle=":", linewidth=1)
         for policy in ("even_spread", "round_robin"):
             row = scores_of(found, traces, policy, 1)
             ax.plot(row["cost"], row["availability"], "s", color=_COLOURS[policy], markersize=4)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import shutil
 import subprocess
 import sys
 
@@ -68,6 +70,20 @@ def test_what_is_finished_is_not_done_again(made_up):
     assert run_study(settings, workdir, workers=1, local=False)["starvation_cost_ratio"] == 3.0
     with pytest.raises(UserError, match=r"found a study with other settings \(hours\)"):
         run_study(dataclasses.replace(settings, hours=3.0), workdir, workers=1, local=False)
+
+
+def test_a_bound_that_was_not_found_in_time_is_said_to_be_missing(made_up, tmp_path):
+    workdir, settings, _ = made_up
+    shutil.copytree(workdir, tmp_path / "w")
+    for name in settings.sets:
+        file = tmp_path / "w" / "parts" / f"omniscient-{name}.json"
+        part = json.loads(file.read_text())
+        part["rows"] = [row | {"status": "time_limit", "cost": math.nan} for row in part["rows"]]
+        file.write_text(json.dumps(part))
+    summary = run_study(settings, tmp_path / "w", workers=1, local=False)
+    assert summary["omniscient_gap"] is None and "omniscient_gap" not in summary["bars"]
+    assert not summary["omniscient_optimal"]
+    assert "not solved in time" in (tmp_path / "w" / "report.md").read_text()
 
 
 def test_traces_of_files(tmp_path):

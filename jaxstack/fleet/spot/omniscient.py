@@ -56,7 +56,7 @@ def solve_omniscient(
     overprovision: int = 1,
     tick_s: float = TICK_S,
     cold_start_s: float = COLD_START_S,
-    time_limit_s: float = 120.0,
+    time_limit_s: float = 900.0,
 ) -> OmniscientResult:
     """The cheapest schedule that has `target` replicas ready at every tick after the first cold start.
 
