@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxstack.runtime.errors import UserError
@@ -52,6 +53,10 @@ class Mlp:
       skip: add the network's input to its output, which has the same width: maps of space start near the identity.
       periods: lengths of a periodic box's sides; the inputs become sines and cosines of them.
       center, half_width: inputs are shifted and scaled by these first; None leaves them.
+      inputs_per_unit: a unit of the first layer starts with weights on so many of its inputs, in turns, each with the
+        variance that the layer's sum would have had; None for all. All weights are trained either way. In high
+        dimension a unit that starts with all coordinates hardly curves along any one of them: solutions that are sums
+        of functions of few coordinates are then learned up to their quadratic part, and no further for long.
     """
 
     sizes: tuple[int, ...]
@@ -62,6 +67,7 @@ class Mlp:
     periods: tuple[float, ...] | None = None
     center: tuple[float, ...] | None = None
     half_width: tuple[float, ...] | None = None
+    inputs_per_unit: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.sizes) < 2 or min(self.sizes) < 1:
@@ -106,7 +112,19 @@ class Mlp:
         for (n, m, bias), k in zip(self.shapes, jax.random.split(key, len(self.shapes))):
             bound = 1 / math.sqrt(n)
             pieces.append(jax.random.uniform(k, (n * m + m * bias,), minval=-bound, maxval=bound))
+        (n, m, _), kept = self.shapes[0], self.inputs_per_unit
+        if kept is not None and kept < n:
+            mask = jnp.asarray(self._first_inputs(n, m, kept) * math.sqrt(n / kept), pieces[0].dtype)
+            pieces[0] = pieces[0].at[: n * m].multiply(mask.ravel())
         return jnp.concatenate(pieces)
+
+    @staticmethod
+    def _first_inputs(inputs: int, units: int, kept: int) -> np.ndarray:
+        """1 where a unit sees an input, (inputs, units): a round of all inputs before any of them comes again."""
+        mask = np.zeros((inputs, units))
+        turns = np.arange(units * kept).reshape(units, kept) % inputs
+        mask[turns, np.arange(units)[:, None]] = 1.0
+        return mask
 
     def layers(self, flat: Float[Array, " parameters"]) -> list[tuple[Float[Array, "n m"], Float[Array, " m"] | None]]:
         """The weights and biases inside a flat vector."""

@@ -18,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from jaxstack.pde.domains import Box, Cutoff
+from jaxstack.pde.domains import Cutoff
 from jaxstack.pde.forms import Fields, Form, Samples
 from jaxstack.pde.gram import Linearized, preconditioner_named
 from jaxstack.pde.minres import MinresResult, StopReason
-from jaxstack.pde.networks import ACTIVATIONS, Mlp
-from jaxstack.pde.problem import Periodic, Problem
+from jaxstack.pde.network_config import NetworkConfig, network_options
+from jaxstack.pde.networks import Mlp
+from jaxstack.pde.problem import Problem
 from jaxstack.runtime.errors import UserError
 
 
@@ -56,9 +57,9 @@ def suggest_steps(omega: float = 1.0, epsilon: float = 1.0) -> tuple[float, floa
     return float(best), float(best)
 
 
-@dataclasses.dataclass(frozen=True)
-class NpdgConfig:
-    """The method's settings.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NpdgConfig(NetworkConfig):
+    """The method's settings; `NetworkConfig` has those of u's network, most of which phi and psi share.
 
     Attributes:
       tau_u, tau_phi, tau_psi: step sizes; None takes 0.3 from dimension 8 on and 0.05, 0.095, 0.095 below.
@@ -68,8 +69,7 @@ class NpdgConfig:
       preconditioner: "auto" or a name of `gram.PRECONDITIONERS`.
       cutoff: of test functions on a box.
       strong_penalty: the u player also minimises the mean squared strong residual.
-      width, depth, activation: of u's and phi's networks; depth counts linear layers. psi_width: of psi's.
-      standardize: networks see the domain's box as [-1, 1]^dim.
+      phi_width, psi_width: of the test functions' networks; phi's is u's by default.
       n_dual, n_primal: steps of the dual and primal players in an iteration.
     """
 
@@ -87,28 +87,24 @@ class NpdgConfig:
     preconditioner: str = "auto"
     cutoff: Cutoff = "harmonic"
     strong_penalty: bool = False
-    width: int = 64
-    depth: int = 4
+    phi_width: int | None = None
     psi_width: int = 32
-    activation: str = "tanh"
-    standardize: bool = False
     n_dual: int = 1
     n_primal: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in (
-            "boundary_weight", "minres_max_iterations", "interior_samples", "boundary_samples", "width", "psi_width",
-            "n_dual", "n_primal",
+            "boundary_weight", "minres_max_iterations", "interior_samples", "boundary_samples", "psi_width", "n_dual",
+            "n_primal",
         ):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise UserError(f"{name}={getattr(self, name)}: expected more than 0")
         for name in ("omega", "epsilon", "minres_rtol", "minres_damping"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise UserError(f"{name}={getattr(self, name)}: expected a finite number, at least 0")
-        if self.depth < 2:
-            raise UserError(f"depth={self.depth}: expected at least 2 linear layers")
-        if self.activation not in ACTIVATIONS:
-            raise UserError(f"activation={self.activation!r}: expected one of {', '.join(ACTIVATIONS)}")
+        if self.phi_width is not None and self.phi_width < 1:
+            raise UserError(f"phi_width={self.phi_width}: expected at least 1, or none")
         if self.cutoff not in ("harmonic", "min"):
             raise UserError(f"cutoff={self.cutoff!r}: expected harmonic or min")
         given = [t for t in (self.tau_u, self.tau_phi, self.tau_psi) if t is not None]
@@ -133,25 +129,14 @@ class NpdgConfig:
         return u if self.tau_u is None else self.tau_u, tau_phi, tau_phi if self.tau_psi is None else self.tau_psi
 
     def networks(self, problem: Problem) -> tuple[Mlp, Mlp, Mlp]:
-        """Those of u, phi and psi."""
+        """Those of u, phi and psi; test functions start with all inputs, for they answer whatever error u has."""
         common = network_options(problem, self.standardize) | {"activation": self.activation}
         dim = problem.dim
         return (
-            Mlp.of(dim, self.width, self.depth, **common),
-            Mlp.of(dim, self.width, self.depth, last_bias=True, **common),
+            self.network(problem),
+            Mlp.of(dim, self.phi_width or self.width, self.depth, last_bias=True, **common),
             Mlp.of(dim, self.psi_width, self.depth, **common),
         )
-
-
-def network_options(problem: Problem, standardize: bool) -> dict[str, Any]:
-    """What a problem asks of its networks' inputs."""
-    if isinstance(problem.boundary, Periodic):
-        assert isinstance(problem.domain, Box)
-        return {"periods": problem.domain.sides}
-    if not standardize:
-        return {}
-    low, high = (np.asarray(corner) for corner in problem.domain.box)
-    return {"center": tuple(map(float, (low + high) / 2)), "half_width": tuple(map(float, (high - low) / 2))}
 
 
 class NpdgState(NamedTuple):

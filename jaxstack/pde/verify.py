@@ -16,8 +16,8 @@ from jaxtyping import Array
 
 from jaxstack.pde.forms import Fields, Form, Samples, exact_second_order
 from jaxstack.pde.gram import Linearized, preconditioner_named
+from jaxstack.pde.network_config import network_options
 from jaxstack.pde.networks import Mlp, value_and_gradient
-from jaxstack.pde.npdg import network_options
 from jaxstack.pde.problem import Periodic, Problem
 
 

@@ -12,21 +12,20 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxstack.pde.forms import Form, Samples, apply_coefficient
-from jaxstack.pde.networks import ACTIVATIONS, Mlp, value_and_gradient
-from jaxstack.pde.npdg import network_options
+from jaxstack.pde.network_config import NetworkConfig
+from jaxstack.pde.networks import value_and_gradient
 from jaxstack.pde.problem import Problem
 from jaxstack.runtime.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """Settings of the methods that descend a loss.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(NetworkConfig):
+    """Settings of the methods that descend a loss; `NetworkConfig` has those of the network.
 
     Attributes:
       learning_rate: Adam's; with `decay_steps` it falls to zero over so many iterations along a cosine.
       boundary_weight: lam, of the mean squared boundary misfit.
       interior_samples, boundary_samples: fresh in every iteration.
-      width, depth, activation, standardize: of the networks, as in `NpdgConfig`.
       test_steps: WAN's steps of the test function in an iteration.
       test_learning_rate: of the test function; `learning_rate` by default.
     """
@@ -36,29 +35,17 @@ class TrainConfig:
     boundary_weight: float = 100.0
     interior_samples: int = 400
     boundary_samples: int = 200
-    width: int = 64
-    depth: int = 4
-    activation: str = "tanh"
-    standardize: bool = False
     test_steps: int = 1
     test_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "boundary_weight", "interior_samples", "boundary_samples", "width", "test_steps"):
+        super().__post_init__()
+        for name in ("learning_rate", "boundary_weight", "interior_samples", "boundary_samples", "test_steps"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise UserError(f"{name}={value}: expected a finite number above 0")
         if self.decay_steps is not None and self.decay_steps < 1:
             raise UserError(f"decay_steps={self.decay_steps}: expected at least 1, or none")
-        if self.depth < 2:
-            raise UserError(f"depth={self.depth}: expected at least 2 linear layers")
-        if self.activation not in ACTIVATIONS:
-            raise UserError(f"activation={self.activation!r}: expected one of {', '.join(ACTIVATIONS)}")
-
-    def network(self, problem: Problem) -> Mlp:
-        """The solution's."""
-        options = network_options(problem, self.standardize)
-        return Mlp.of(problem.dim, self.width, self.depth, activation=self.activation, **options)
 
     def adam(self, rate: float | None = None) -> optax.GradientTransformation:
         """Adam as in the paper's comparison, with betas 0.9 and 0.99."""

@@ -16,15 +16,14 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxstack.pde.baselines.first_order import LossReport
 from jaxstack.pde.forms import Form, Samples
-from jaxstack.pde.networks import ACTIVATIONS, Mlp
-from jaxstack.pde.npdg import network_options
+from jaxstack.pde.network_config import NetworkConfig
 from jaxstack.pde.problem import Problem
 from jaxstack.runtime.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
-class CurvatureConfig:
-    """Settings of the methods with curvature.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CurvatureConfig(NetworkConfig):
+    """Settings of the methods with curvature; `NetworkConfig` has those of the network.
 
     Attributes:
       boundary_weight: lam, of the mean squared boundary misfit.
@@ -33,7 +32,9 @@ class CurvatureConfig:
       damping: mu's first value, relative to the kernel's mean diagonal; it is lowered after steps that help and raised
         after steps that do not (Levenberg-Marquardt), never below `least_damping`.
       momentum: SPRING's.
-      width, depth, activation, standardize: of the network, as in `NpdgConfig`.
+      averaging: natural gradients return a running mean of their iterates that keeps so much of itself in each
+        iteration. An iterate fits the samples that it was made from, and is noisy elsewhere; the mean is not. 0 returns
+        the iterates.
     """
 
     boundary_weight: float = 100.0
@@ -44,30 +45,19 @@ class CurvatureConfig:
     damping: float = 1e-4
     least_damping: float = 1e-6
     momentum: float = 0.9
-    width: int = 64
-    depth: int = 4
-    activation: str = "tanh"
-    standardize: bool = False
+    averaging: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in (
             "boundary_weight", "interior_samples", "boundary_samples", "memory", "renew", "damping", "least_damping",
-            "width",
         ):  # fmt: skip
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise UserError(f"{name}={value}: expected a finite number above 0")
-        if not 0 <= self.momentum < 1:
-            raise UserError(f"momentum={self.momentum}: expected at least 0 and below 1")
-        if self.depth < 2:
-            raise UserError(f"depth={self.depth}: expected at least 2 linear layers")
-        if self.activation not in ACTIVATIONS:
-            raise UserError(f"activation={self.activation!r}: expected one of {', '.join(ACTIVATIONS)}")
-
-    def network(self, problem: Problem) -> Mlp:
-        """The solution's."""
-        options = network_options(problem, self.standardize)
-        return Mlp.of(problem.dim, self.width, self.depth, activation=self.activation, **options)
+        for name in ("momentum", "averaging"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: expected at least 0 and below 1")
 
 
 class _LeastSquares:
@@ -143,7 +133,10 @@ class PinnLbfgs(_LeastSquares):
 
 
 class NaturalState(NamedTuple):
+    """`theta` is what the method answers, `iterate` where it goes on: the same without averaging."""
+
     theta: Float[Array, " parameters"]
+    iterate: Float[Array, " parameters"]
     direction: Float[Array, " parameters"]
     damping: Float[Array, ""]
     iteration: Int[Array, ""]
@@ -167,7 +160,10 @@ class PinnEngd(_LeastSquares):
         theta = self.u.init(network) if theta is None else jnp.array(theta)
         zero = jnp.zeros((), jnp.int32)
         damping = jnp.asarray(self.config.damping, theta.dtype)
-        return NaturalState(theta, jnp.zeros_like(theta), damping, zero, zero, jax.random.key_data(samples))
+        # Two copies: the state is donated.
+        return NaturalState(
+            theta, jnp.array(theta), jnp.zeros_like(theta), damping, zero, zero, jax.random.key_data(samples)
+        )
 
     def jacobian(
         self, theta: Float[Array, " parameters"], samples: Samples
@@ -203,11 +199,12 @@ class PinnEngd(_LeastSquares):
     def step(self, state: NaturalState) -> tuple[NaturalState, LossReport]:
         """One iteration."""
         samples = self.sample(state.key, state.iteration)
-        r, j = self.jacobian(state.theta, samples)
+        at = state.iterate
+        r, j = self.jacobian(at, samples)
         loss = jnp.vdot(r, r)
         direction = self.direction(state, r, j)
         lengths = 2.0 ** -jnp.arange(self._halvings, dtype=state.theta.dtype)
-        trials = jax.lax.map(lambda t: self.loss(state.theta - t * direction, samples), lengths)
+        trials = jax.lax.map(lambda t: self.loss(at - t * direction, samples), lengths)
         trials = jnp.where(jnp.isfinite(trials), trials, jnp.inf)
         best = jnp.argmin(trials)
         accepted = trials[best] < loss
@@ -217,8 +214,11 @@ class PinnEngd(_LeastSquares):
         higher = jnp.minimum(state.damping * 10, 1.0)
         damping = jnp.where(accepted, jnp.where(best <= 1, lower, state.damping), higher)
         in_row = jnp.where(accepted, 0, state.rejected_in_row + 1)
+        iterate = at - length * direction
+        kept = self.config.averaging
         return NaturalState(
-            theta=state.theta - length * direction,
+            theta=kept * state.theta + (1 - kept) * iterate if kept else iterate,
+            iterate=iterate,
             direction=jnp.where(accepted, length, 0.0) * direction,
             damping=damping,
             iteration=state.iteration + 1,
