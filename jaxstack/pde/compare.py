@@ -6,13 +6,18 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxstack.pde.equations import poisson, semilinear, variable_coefficient
+from jaxstack.pde.equations import poisson, poisson_rotated, semilinear, variable_coefficient
 from jaxstack.pde.methods import MethodConfig
 from jaxstack.pde.problem import Problem
 from jaxstack.pde.solve import Stage, solve
 from jaxstack.runtime.signals import StopFlag
 
-_EQUATIONS = {"poisson": poisson, "variable": variable_coefficient, "semilinear": semilinear}
+_EQUATIONS = {
+    "poisson": poisson,
+    "poisson-rotated": poisson_rotated,
+    "variable": variable_coefficient,
+    "semilinear": semilinear,
+}
 
 
 @dataclasses.dataclass(frozen=True)

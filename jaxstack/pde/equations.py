@@ -3,6 +3,7 @@
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxstack.pde.domains import Ball, Box, Interval
@@ -23,6 +24,25 @@ def poisson(dim: int) -> Problem:
         boundary=Dirichlet(exact),
         exact=exact,
         name=f"poisson-{dim}",
+    )
+
+
+def poisson_rotated(dim: int) -> Problem:
+    """`poisson` with a solution turned at random inside the cube: a sum over directions that no axis is one of, so that
+    nothing is gained by a network that knows the axes. In one dimension it is `poisson`.
+    """
+    gaussian = np.random.default_rng(20_241).normal(size=(dim, dim))
+    turn = np.linalg.qr(gaussian)[0] if dim > 1 else np.eye(1)
+
+    def exact(x: Float[Array, " dim"]) -> Float[Array, ""]:
+        return jnp.sum(jnp.sin(jnp.pi / 2 * (jnp.asarray(turn, x.dtype) @ (x - 0.5) + 0.5)))
+
+    return Problem(
+        domain=Box(0.0, 1.0, dim),
+        source=lambda x: (math.pi**2 / 4) * exact(x),
+        boundary=Dirichlet(exact),
+        exact=exact,
+        name=f"poisson-rotated-{dim}",
     )
 
 

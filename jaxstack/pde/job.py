@@ -77,10 +77,15 @@ class PdeJob:
         return next(c for c in (self.npdg, self.train, self.curvature, self.transport) if isinstance(c, kind))
 
     def stages(self, problem: Problem | OptimalTransport) -> tuple[Stage, ...]:
-        """The method with its settings, or what "auto" means with them."""
+        """The method with its settings, or what "auto" means; settings other than the defaults replace its own."""
         if self.method != "auto":
             return (Stage(self.method, self.settings(self.method)),)
-        return tuple(dataclasses.replace(s, config=self.settings(s.method)) for s in automatic_stages(problem))
+        if isinstance(problem, OptimalTransport):
+            return automatic_stages(problem, self.transport)
+        found = automatic_stages(problem, None if self.npdg == NpdgConfig() else self.npdg)
+        if self.curvature == CurvatureConfig():
+            return found
+        return tuple(s if s.method == "npdg" else dataclasses.replace(s, config=self.curvature) for s in found)
 
 
 def run_job(

@@ -20,10 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jaxstack.pde.baselines.second_order import CurvatureConfig
 from jaxstack.pde.estimate import Indicator, errors, held_out
 from jaxstack.pde.forms import Form
 from jaxstack.pde.methods import METHODS, Method, MethodConfig, chunk_of, make_method
 from jaxstack.pde.minres import StopReason
+from jaxstack.pde.network_config import NetworkConfig
+from jaxstack.pde.npdg import NpdgConfig
 from jaxstack.pde.problem import Problem
 from jaxstack.pde.solution import Solution, StageReport, Status
 from jaxstack.pde.transport import OptimalTransport, Transport
@@ -48,12 +51,30 @@ class Stage:
 
 def automatic_stages(problem: Problem | OptimalTransport, config: MethodConfig | None = None) -> tuple[Stage, ...]:
     """What `method="auto"` means, by measurements: natural gradients of the strong residual where the dimension is low;
-    else the primal-dual method, which falls fastest, and then a polish."""
+    else the primal-dual method, which falls fastest, and then a polish by natural gradients with momentum. In the
+    highest dimensions these see too few of their samples' directions in an iteration to be of use.
+    """
     if isinstance(problem, OptimalTransport):
         return (Stage("transport", config),)
     if problem.dim <= 3:
         return (Stage("pinn_engd"),)
-    return (Stage("npdg", config, 0.5), Stage("pinn_spring", None, 0.5))
+    if config is None:
+        config = NpdgConfig() if problem.dim < 8 else _high_dimensional(problem.dim)
+    first = Stage("npdg", config, 0.2)
+    if problem.dim > 32 or not isinstance(config, NpdgConfig):
+        return (first,)
+    network = {f.name: getattr(config, f.name) for f in dataclasses.fields(NetworkConfig)}
+    return (first, Stage("pinn_spring", CurvatureConfig(averaging=0.8, **network), 0.8))
+
+
+def _high_dimensional(dim: int) -> NpdgConfig:
+    """Few points inside, many on the boundary; units that start with one coordinate each, which is as good where the
+    solution does not know the axes, and five times as good where it does.
+    """
+    return NpdgConfig(
+        width=128, depth=3, inputs_per_unit=1, phi_width=64, boundary_weight=30.0,
+        interior_samples=100 if dim > 32 else 200, boundary_samples=400,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass

@@ -4,14 +4,14 @@ and other rivals, the closed-form rate, time steps of Allen-Cahn, optimal maps.
 
 The paper claims no ratio. What is reported: Poisson's equation in 10, 20 and 50 dimensions, seeds 0 to 2, methods in
 turn on one clock, to a centred relative L2 error (a constant has 1) of 0.05, 0.05, 0.2. A run that does not arrive
-counts as its budget and is flagged. The variable-coefficient problem stands beside it and is not in the median.
+counts as its budget and is flagged. The variable-coefficient problem stands beside it and is not in the median. All
+settings were tuned on a seed of their own, twelve trials a method and problem (launch/pdhg_study/tuning.py).
 """
 
 import dataclasses
-import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,78 +20,30 @@ from absl import flags
 from configs.pde import allen_cahn as allen_cahn_config
 from configs.pde import paper
 from configs.pde import transport as transport_config
-from jaxstack.pde import NpdgConfig, Stage, convergence_factor, solve, solve_evolution
-from jaxstack.pde.baselines.first_order import TrainConfig
-from jaxstack.pde.baselines.second_order import CurvatureConfig
-from jaxstack.pde.compare import Case, Entrant, ratios, success_rates, time_to_error
+from jaxstack.pde import convergence_factor, solve, solve_evolution
+from jaxstack.pde.compare import Case, Entrant, time_to_error
 from jaxstack.pde.equations import allen_cahn
 from jaxstack.pde.job import errors_to_reference, run_job
 from jaxstack.pde.linear_case import measured_factor
-from jaxstack.pde.plots import plot_errors
 from jaxstack.pde.transport import TransportConfig, gaussians, mixture_1d
 from jaxstack.runtime.compilation import use_compilation_cache
-from jaxstack.runtime.errors import UserError
 from jaxstack.runtime.metrics import write_summary
 from jaxstack.runtime.progress import Progress
 from jaxstack.runtime.signals import StopFlag
+from launch import job
 from launch.dlpm_study.config import Parts
+from launch.pdhg_study import entrants, report, tuning
 
 _BUDGET_S = flags.DEFINE_float("run_budget_s", 20.0, "run seconds of a run; one that does not arrive counts as this")
-_SEEDS = flags.DEFINE_integer("pde_seeds", 3, "of each comparison", lower_bound=1)
-_TUNE = flags.DEFINE_bool("tune", False, "first tune every method on seed 100, the same number of trials each")
-_PARTS_OF = flags.DEFINE_list(
-    "sections", ["rate", "poisson", "variable", "rivals", "floor", "evolution", "transport"], "which parts"
-)
+_FLOOR_S = flags.DEFINE_float("floor_budget_s", 20.0, "run seconds after which methods' errors are compared")
+_SEEDS = flags.DEFINE_integer("pde_seeds", 3, "of the headline's comparison", lower_bound=1)
+_STABILITY_SEEDS = flags.DEFINE_integer("stability_seeds", 20, "of --sections=stability", lower_bound=1)
+_SECTIONS_OF = flags.DEFINE_list(
+    "sections", ["rate", "poisson", "variable", "low", "rivals", "floor", "evolution", "transport"],
+    "which parts; there are also tuning (trials of every method's settings) and stability (many seeds of all methods)",
+)  # fmt: skip
 _EQUATION = flags.DEFINE_string("equation", "variable", "with --scale=full: which of the paper's runs")
 _DIM = flags.DEFINE_integer("dim", 50, "with --scale=full: its dimension", lower_bound=1)
-
-POISSON = (Case("poisson", 10, 0.05), Case("poisson", 20, 0.05), Case("poisson", 50, 0.2))
-VARIABLE = (Case("variable", 10, 0.2), Case("variable", 20, 0.2))
-_SAMPLES = {10: (400, 200), 20: (400, 200), 50: (1000, 500)}
-
-
-def ours(case: Case) -> Entrant:
-    """The primal-dual method: one setting for Poisson in every dimension, a heavier boundary for the other problem."""
-    inner, edge = _SAMPLES[case.dim]
-    if case.equation == "variable":
-        config = NpdgConfig(
-            tau_u=0.2, tau_phi=0.2, boundary_weight=100.0, interior_samples=inner, boundary_samples=edge,
-            preconditioner="kappa_nabla",
-        )  # fmt: skip
-    else:
-        config = NpdgConfig(interior_samples=inner, boundary_samples=edge)
-    return Entrant("npdg", "npdg", config)
-
-
-def adam(case: Case) -> Entrant:
-    """The paper's rival: the same network and sample sizes."""
-    inner, edge = _SAMPLES[case.dim]
-    config = TrainConfig(learning_rate=3e-3, boundary_weight=100.0, interior_samples=inner, boundary_samples=edge)
-    return Entrant("pinn_adam", "pinn_adam", config)
-
-
-def tuned_adam(case: Case) -> Entrant:
-    """The practitioner's: a smaller batch."""
-    return Entrant("pinn_adam_tuned", "pinn_adam", dataclasses.replace(_config(adam(case)), interior_samples=200,
-                                                                      boundary_samples=100))  # fmt: skip
-
-
-def _config(entrant: Entrant) -> Any:
-    return entrant.config
-
-
-def rivals(case: Case) -> list[Entrant]:
-    """All others."""
-    inner, edge = _SAMPLES[case.dim]
-    curved = CurvatureConfig(interior_samples=300, boundary_samples=200)
-    return [
-        Entrant("pinn_lbfgs", "pinn_lbfgs", dataclasses.replace(curved, interior_samples=inner, boundary_samples=edge)),
-        Entrant("pinn_engd", "pinn_engd", curved),
-        Entrant("pinn_spring", "pinn_spring", curved),
-        Entrant("deepritz", "deepritz", TrainConfig(learning_rate=1e-3, interior_samples=inner, boundary_samples=edge)),
-        Entrant("wan", "wan", TrainConfig(learning_rate=1e-3, test_learning_rate=1e-2, interior_samples=inner,
-                                          boundary_samples=edge)),
-    ]  # fmt: skip
 
 
 def run(workdir: Path, *, scale: str) -> Mapping[str, Any]:
@@ -100,15 +52,16 @@ def run(workdir: Path, *, scale: str) -> Mapping[str, Any]:
     if scale == "full":
         summary = run_job(paper.get_config(_EQUATION.value, _DIM.value), workdir)
         return summary | {"paper_curve": PAPER_CURVE if (_EQUATION.value, _DIM.value) == ("variable", 50) else None}
-    unknown = set(_PARTS_OF.value) - set(SECTIONS)
+    unknown = set(_SECTIONS_OF.value) - set(SECTIONS)
     if unknown:
-        raise UserError(f"--sections: {sorted(unknown)[0]!r} is unknown; expected some of {', '.join(SECTIONS)}")
+        raise job.BadUsage(f"--sections: {sorted(unknown)[0]!r} is unknown; expected some of {', '.join(SECTIONS)}")
     use_compilation_cache(workdir / "compiled")
-    settings = {"run_budget_s": _BUDGET_S.value, "seeds": _SEEDS.value, "tune": _TUNE.value}
+    settings = {"run_budget_s": _BUDGET_S.value, "floor_budget_s": _FLOOR_S.value, "seeds": _SEEDS.value}
     with StopFlag() as stop:
-        study = _Study(Parts(workdir, settings), stop)
+        study = _Study(workdir, Parts(workdir, settings), stop)
         began = time.perf_counter()
-        planned = [name for name in SECTIONS if name in _PARTS_OF.value]
+        # Tuning goes first: what follows uses its outcome.
+        planned = [name for name in SECTIONS if name in _SECTIONS_OF.value]
         study.bar = Progress(sum(len(SECTIONS[name](study)) for name in planned), "pdhg", unit="run")
         try:
             for name in planned:
@@ -120,10 +73,11 @@ def run(workdir: Path, *, scale: str) -> Mapping[str, Any]:
             study.bar.close()
     summary = summarise(study) | {"wall_s": round(time.perf_counter() - began, 1), "interrupted": bool(stop.reason)}
     write_summary(workdir, summary)
-    text = report(summary)
-    (workdir / "report.md").write_text(text + "\n")
-    print(text, file=sys.stderr)
-    draw(study, workdir)
+    shown = report.text(summary)
+    (workdir / "report.md").write_text(shown + "\n")
+    print(shown, file=sys.stderr)
+    report.draw([r for name in ("poisson", "rivals", "variable", "low") for r in study.runs(name)], workdir)
+    report.draw(study.runs("floor"), workdir, "floor-")
     return summary
 
 
@@ -137,10 +91,12 @@ PAPER_CURVE = {
 class _Study:
     """Parts of the study that are done, and the way to do others."""
 
-    def __init__(self, parts: Parts, stop: StopFlag):
-        self.parts, self.stop = parts, stop
+    def __init__(self, workdir: Path, parts: Parts, stop: StopFlag):
+        self.workdir, self.parts, self.stop = workdir, parts, stop
         self.bar: Any = None
-        self.budget_s, self.seeds = _BUDGET_S.value, _SEEDS.value
+        own = workdir / "tuned.json"
+        self.tuned_here = own.exists()
+        self.tuned = tuning.Tuned.load(own if self.tuned_here else tuning.SHIPPED)
 
     def make(self, name: str, compute: Callable[[], dict[str, Any]]) -> None:
         if self.parts.get(name) is None:
@@ -149,93 +105,75 @@ class _Study:
             if self.stop:
                 return  # an interrupted run says nothing
             self.parts.put(name, found)
-            if "seconds" in found:
+            if "label" in found:
                 mark = ">" if found["censored"] else ""
                 self.bar.say(f"{name}: {mark}{found['seconds']:.2f} s to the target, c_l2 {found['c_l2']:.3g}")
         self.bar.advance()
 
-    def tuned(self, case: Case, entrant: Entrant) -> Entrant:
-        """The entrant with the best of its trials, where it was tuned."""
-        if not _TUNE.value or not isinstance(entrant.method, str):
-            return entrant
-        name = f"tune-{case.name}-{entrant.label}"
-        if self.parts.get(name) is None:
-            trials = []
-            for changes in tuning_trials(entrant):
-                config = dataclasses.replace(_config(entrant), **changes)
-                found = time_to_error(
-                    case, dataclasses.replace(entrant, config=config), seed=100, budget_s=self.budget_s / 2,
-                    stop=self.stop,
-                )  # fmt: skip
-                trials.append({"changes": changes, "seconds": found["seconds"], "c_l2": found["c_l2"]})
-                if self.stop:
-                    return entrant
-            self.parts.put(name, {"trials": trials})
-        trials = (self.parts.get(name) or {})["trials"]
-        best = min(trials, key=lambda t: (t["seconds"], t["c_l2"]))
-        return dataclasses.replace(entrant, config=dataclasses.replace(_config(entrant), **best["changes"]))
-
     def compared(
-        self, cases: tuple[Case, ...], entrants: Callable[[Case], list[Entrant]], seeds: int
+        self,
+        cases: Sequence[Case],
+        entrants_of: Callable[[Case], list[Entrant]],
+        seeds: int,
+        *,
+        budget_s: float | None = None,
+        to_the_end: bool = False,
     ) -> dict[str, Any]:
         """Runs by name, methods in turn for each seed, so that a busy machine hits all alike."""
+        budget_s = _BUDGET_S.value if budget_s is None else budget_s
         found = {}
         for case in cases:
             for seed in range(seeds):
-                for entrant in entrants(case):
-                    found[f"{case.name}-{entrant.label}-{seed}"] = lambda c=case, e=entrant, s=seed: time_to_error(
-                        c, self.tuned(c, e), seed=s, budget_s=self.budget_s, stop=self.stop
+                for entrant in entrants_of(case):
+                    name = f"{'floor-' if to_the_end else ''}{case.name}-{entrant.label}-{seed}"
+                    found[name] = lambda c=case, e=entrant, s=seed: time_to_error(
+                        c, self.tuned.apply(c, e), seed=s, budget_s=budget_s, to_the_end=to_the_end, stop=self.stop
                     )
         return found
 
-    def found(self, names: Mapping[str, Any]) -> list[dict[str, Any]]:
-        return [part for name in names if (part := self.parts.get(name)) is not None]
-
-
-def tuning_trials(entrant: Entrant) -> list[dict[str, Any]]:
-    """Twelve settings of a method."""
-    weights = (10.0, 100.0, 1000.0) if entrant.method != "npdg" else (3.0, 10.0, 30.0, 100.0)
-    match entrant.method:
-        case "npdg":
-            steps = ((0.1, 0.19), (0.2, 0.38), (0.3, 0.3))
-            return [{"tau_u": u, "tau_phi": p, "boundary_weight": w} for w in weights for u, p in steps]
-        case "pinn_adam" | "deepritz" | "wan":
-            return [{"learning_rate": r, "boundary_weight": w} for r in (3e-4, 1e-3, 3e-3, 1e-2) for w in weights]
-        case "pinn_lbfgs":
-            return [
-                {"memory": m, "renew": n, "boundary_weight": w} for m in (10, 30) for n in (50, 200) for w in weights
-            ]
-    return [{"damping": d, "boundary_weight": w} for d in (1e-5, 1e-4, 1e-3, 1e-2) for w in weights]
-
-
-def _main(case: Case) -> list[Entrant]:
-    return [ours(case), adam(case), tuned_adam(case)]
-
-
-def _floor(study: _Study) -> dict[str, Any]:
-    """The error at equal time, in 20 dimensions: ours alone, ours with a polish, Adam with a cosine."""
-    case = POISSON[1]
-    npdg = _config(ours(case))
-    annealed = dataclasses.replace(
-        _config(tuned_adam(case)), decay_steps=max(1, int(study.budget_s * 100)), learning_rate=3e-3
-    )
-    entrants = [
-        ours(case),
-        Entrant("npdg+spring", (Stage("npdg", npdg, 0.3), Stage("pinn_spring", CurvatureConfig(), 0.7))),
-        Entrant("pinn_spring", "pinn_spring", CurvatureConfig()),
-        Entrant("pinn_adam_cosine", "pinn_adam", annealed),
-    ]
-    return {
-        f"floor-{case.name}-{e.label}-0": lambda e=e: time_to_error(
-            case, e, seed=0, budget_s=study.budget_s, to_the_end=True, stop=study.stop
-        )
-        for e in entrants
-    }
+    def runs(self, section: str) -> list[dict[str, Any]]:
+        """What is done of a section."""
+        return [part for name in SECTIONS[section](self) if (part := self.parts.get(name)) is not None]
 
 
 def _rate(study: _Study) -> dict[str, Any]:
     steps = (0.05, 0.095)
     return {"rate": lambda: {"measured": measured_factor(*steps), "closed_form": convergence_factor(*steps)}}
+
+
+def _tuning(study: _Study) -> dict[str, Any]:
+    """Trials of every method on every problem; the last part writes the outcome."""
+    wanted = tuning.wanted(
+        [(entrants.POISSON, entrants.main), (entrants.VARIABLE, entrants.main), (entrants.POISSON[:1], entrants.rivals)]
+    )
+
+    def write() -> dict[str, Any]:
+        found = {tuning.key(c, e): study.parts.get(f"tuning-{tuning.key(c, e)}") for c, e in wanted}
+        study.tuned, study.tuned_here = tuning.Tuned({k: v for k, v in found.items() if v}), True
+        study.tuned.save(study.workdir / "tuned.json")
+        return {"written": len(study.tuned.found)}
+
+    parts: dict[str, Any] = {
+        f"tuning-{tuning.key(c, e)}": lambda c=c, e=e: tuning.tune(
+            c, e, budget_s=_BUDGET_S.value / 2, stop=study.stop, on_trial=study.bar.say
+        )
+        for c, e in wanted
+    }
+    return parts | {"tuning-written": write}
+
+
+def _low(study: _Study) -> dict[str, Any]:
+    """In two dimensions: where natural gradients of the strong residual should win, and the primal-dual method not."""
+
+    def methods(case: Case) -> list[Entrant]:
+        engd = next(e for e in entrants.rivals(case) if e.label == "pinn_engd")
+        return [entrants.npdg(case), entrants.adam(case), engd]
+
+    return study.compared(entrants.LOW, methods, 1)
+
+
+def _everyone(case: Case) -> list[Entrant]:
+    return [*entrants.main(case), *entrants.rivals(case)]
 
 
 def _evolution(study: _Study) -> dict[str, Any]:
@@ -254,7 +192,7 @@ def _evolution(study: _Study) -> dict[str, Any]:
 def _transport(study: _Study) -> dict[str, Any]:
     def transport(problem: Any, config: TransportConfig) -> dict[str, Any]:
         found = solve(
-            problem, "transport", config=config, budget_s=study.budget_s, stop=study.stop, progress=False,
+            problem, "transport", config=config, budget_s=_BUDGET_S.value, stop=study.stop, progress=False,
             indicator=False,
         )  # fmt: skip
         return {"errors": found.errors, "run_s": found.run_s, "iterations": found.iterations}
@@ -268,92 +206,46 @@ def _transport(study: _Study) -> dict[str, Any]:
 
 
 SECTIONS: Mapping[str, Callable[[_Study], dict[str, Any]]] = {
+    "tuning": _tuning,
     "rate": _rate,
-    "poisson": lambda study: study.compared(POISSON, _main, study.seeds),
-    "variable": lambda study: study.compared(VARIABLE, _main, 1),
-    "rivals": lambda study: study.compared(POISSON[:1], rivals, min(2, study.seeds)),
-    "floor": _floor,
+    "poisson": lambda study: study.compared(entrants.POISSON, entrants.main, _SEEDS.value),
+    "variable": lambda study: study.compared(entrants.VARIABLE[:2], entrants.main, 1),
+    "low": _low,
+    "rivals": lambda study: study.compared(entrants.POISSON[:1], entrants.rivals, 1, budget_s=_BUDGET_S.value / 2),
+    "floor": lambda study: study.compared(entrants.FLOOR, entrants.floor, 1, budget_s=_FLOOR_S.value, to_the_end=True),
     "evolution": _evolution,
     "transport": _transport,
+    "stability": lambda study: study.compared(
+        entrants.POISSON[:1], _everyone, _STABILITY_SEEDS.value, budget_s=_BUDGET_S.value / 2
+    ),
 }
 
 
 def summarise(study: _Study) -> dict[str, Any]:
     """The figures of what is done."""
     get = study.parts.get
-    main = study.found(SECTIONS["poisson"](study))
-    variable = study.found(SECTIONS["variable"](study))
-    others = study.found(SECTIONS["rivals"](study))
-    floor = study.found(_floor(study))
-    plain, tuned = ratios(main, "npdg", "pinn_adam"), ratios(main, "npdg", "pinn_adam_tuned")
-    median = lambda rows: statistics.median(r["ratio"] for r in rows.values()) if rows else None  # noqa: E731
-    allen, lines = (get(f"allen-cahn-{d}") for d in (1, 2)), (get("transport-1"), get("transport-5"))
-    best: dict[str, str] = {}
-    for case in dict.fromkeys(r["case"] for r in main + others):
-        rows = [r for r in main + others if r["case"] == case and not r["censored"]]
-        by_label: dict[str, list[float]] = {}
-        for r in rows:
-            by_label.setdefault(r["label"], []).append(r["seconds"])
-        if by_label:
-            best[case] = min(by_label, key=lambda label: statistics.median(by_label[label]))
-    return {
-        "time_ratio_vs_adam_pinn_median": median(plain),
-        "time_ratio_vs_tuned_adam_pinn_median": median(tuned),
-        "time_ratio_by_dim": plain,
-        "time_ratio_by_dim_tuned": tuned,
-        "variable_ratio": ratios(variable, "npdg", "pinn_adam"),
-        "variable_ratio_tuned": ratios(variable, "npdg", "pinn_adam_tuned"),
-        "best_method_by_dim": best,
-        "success_rate_by_method": success_rates(main + variable + others),
-        "final_c_l2_by_method": {r["label"]: r["c_l2"] for r in floor},
-        "convergence_factor_measured": (get("rate") or {}).get("measured"),
+    allen, maps = (get(f"allen-cahn-{d}") for d in (1, 2)), (get("transport-1"), get("transport-5"))
+    # Many seeds, where they were run, are more runs of the same.
+    many = {(r["case"], r["label"], r["seed"]): r for r in study.runs("stability")}
+    others = {(r["case"], r["label"], r["seed"]): r for r in study.runs("rivals")} | {
+        k: r for k, r in many.items() if not r["label"].startswith(("npdg", "pinn_adam"))
+    }
+    found = report.figures(
+        study.runs("poisson"), study.runs("variable"), list(others.values()), study.runs("low"), study.runs("floor")
+    )
+    rate = get("rate")
+    summary = found | {
+        "stability": report.spread(list(many.values())),
+        "convergence_factor_measured": rate and rate["measured"],
         "convergence_factor_closed_form": convergence_factor(0.05, 0.095),
         "allen_cahn_rms": [a and a["rms"]["implicit_euler"] for a in allen],
-        "ot1d_rms": lines[0] and lines[0]["errors"]["map_rms"],
-        "ot_gaussian_rms": lines[1] and lines[1]["errors"]["map_rms"],
-        "run_budget_s": study.budget_s,
-        "seeds": study.seeds,
-        "tuning_trials": 12 if _TUNE.value else 0,
+        "ot1d_rms": maps[0] and maps[0]["errors"]["map_rms"],
+        "ot_gaussian_rms": maps[1] and maps[1]["errors"]["map_rms"],
+        "run_budget_s": _BUDGET_S.value,
+        "floor_budget_s": _FLOOR_S.value,
+        "seeds": _SEEDS.value,
+        "tuning_trials": tuning.TRIALS,
+        "tuning": f"Settings: {tuning.TRIALS} trials a method and problem, seed {tuning.SEED}, "
+        + ("made here." if study.tuned_here else "as shipped (launch/pdhg_study/tuned.json)."),
     }
-
-
-def report(summary: Mapping[str, Any]) -> str:
-    """A table for people."""
-    lines = [
-        "| seconds of a rival over ours, median of seeds | Adam, same samples | Adam, smaller batch |",
-        "|---|---|---|",
-    ]
-    for case, row in (summary["time_ratio_by_dim"] | summary["variable_ratio"]).items():
-        other = (summary["time_ratio_by_dim_tuned"] | summary["variable_ratio_tuned"]).get(case)
-        cells = [
-            "-" if r is None else f"{'>' if r['censored_other'] else ''}{r['ratio']:.2g}"
-            + (f" (ours {r['censored_ours']} of {r['seeds']} not in time)" if r["censored_ours"] else "")
-            for r in (row, other)
-        ]  # fmt: skip
-        lines.append(f"| {case} | {cells[0]} | {cells[1]} |")
-    trials = summary["tuning_trials"]
-    lines.append(f"\nTuning trials of each method: {trials or 'none; settings as written in the study'}.")
-    for name in (
-        "time_ratio_vs_adam_pinn_median", "time_ratio_vs_tuned_adam_pinn_median", "convergence_factor_measured",
-        "convergence_factor_closed_form", "allen_cahn_rms", "ot1d_rms", "ot_gaussian_rms", "final_c_l2_by_method",
-        "best_method_by_dim", "success_rate_by_method",
-    ):  # fmt: skip
-        lines.append(f"- {name}: {summary[name]}")
-    return "\n".join(lines)
-
-
-def draw(study: _Study, workdir: Path) -> None:
-    """Errors against seconds, for each problem."""
-    runs = [
-        *study.found(SECTIONS["poisson"](study)),
-        *study.found(SECTIONS["rivals"](study)),
-        *study.found(SECTIONS["variable"](study)),
-        *study.found(_floor(study)),
-    ]
-    for case in dict.fromkeys(r["case"] for r in runs):
-        curves = {
-            f"{r['label']} {r['seed']}": [{"seconds": s, "c_l2": c} for s, c in r["history"]]
-            for r in runs
-            if r["case"] == case
-        }
-        plot_errors(workdir / f"{case}.png", curves)
+    return summary | {"goals_met": report.goals_met(summary)}

@@ -1,5 +1,6 @@
 """The rivals: each one's gradient is that of its own loss, and each solves an easy problem."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -136,6 +137,20 @@ def test_engd_takes_only_steps_that_help():
         state = new
 
 
+def test_a_running_mean_is_answered_and_the_iterates_go_on_without_it():
+    plain = PinnSpring(equations.poisson(2), CURVED)
+    averaged = PinnSpring(equations.poisson(2), dataclasses.replace(CURVED, averaging=0.75))
+    one, other = (jax.jit(m.init)(jax.random.key(0)) for m in (plain, averaged))
+    mean = np.asarray(one.theta, np.float64)
+    for _ in range(4):
+        one, other = jax.jit(plain.step)(one)[0], jax.jit(averaged.step)(other)[0]
+        np.testing.assert_allclose(other.iterate, one.theta, rtol=1e-5, atol=1e-6)
+        mean = 0.75 * mean + 0.25 * np.asarray(one.theta, np.float64)
+    np.testing.assert_array_equal(one.iterate, one.theta)
+    np.testing.assert_allclose(other.theta, mean, rtol=1e-4, atol=1e-5)
+    assert np.abs(other.theta - other.iterate).max() > 1e-3
+
+
 def test_lbfgs_descends_on_samples_that_it_keeps_and_starts_afresh_with_new_ones():
     method = PinnLbfgs(equations.poisson(2), CURVED)
     state = jax.jit(method.init)(jax.random.key(0))
@@ -158,6 +173,8 @@ def test_lbfgs_descends_on_samples_that_it_keeps_and_starts_afresh_with_new_ones
         (lambda: TrainConfig(learning_rate=0.0), "learning_rate=0.0: expected a finite number above 0"),
         (lambda: TrainConfig(depth=1), "depth=1: expected at least 2"),
         (lambda: TrainConfig(decay_steps=0), "decay_steps=0"),
+        (lambda: CurvatureConfig(averaging=1.0), "averaging=1.0: expected at least 0 and below 1"),
+        (lambda: TrainConfig(inputs_per_unit=0), "inputs_per_unit=0: expected at least 1"),
         (lambda: CurvatureConfig(momentum=1.0), "momentum=1.0: expected at least 0 and below 1"),
         (lambda: CurvatureConfig(damping=-1.0), "damping=-1.0"),
     ],

@@ -20,6 +20,22 @@ def points(seed: int = 1) -> jax.Array:
     return jax.random.uniform(jax.random.key(seed), (POINTS, DIM), minval=-1.0)
 
 
+def test_units_may_start_with_few_inputs():
+    dim, units = 5, 8
+    for kept in (1, 2, 5, 9, None):
+        net = Mlp.of(dim, units, 3, inputs_per_unit=kept)
+        weight = np.asarray(net.layers(jax.jit(net.init)(jax.random.key(0)))[0][0])
+        full = np.asarray(Mlp.of(dim, units, 3).layers(jax.jit(net.init)(jax.random.key(0)))[0][0])
+        seen = min(kept or dim, dim)
+        assert ((weight != 0).sum(axis=0) == seen).all()
+        # Every input is seen by as many units as any other, give or take one.
+        per_input = (weight != 0).sum(axis=1)
+        assert per_input.max() - per_input.min() <= 1
+        assert np.abs(weight).max() <= np.sqrt(dim / seen) / np.sqrt(dim) + 1e-6
+        if seen == dim:
+            np.testing.assert_array_equal(weight, full)
+
+
 NETWORKS = [
     *({"activation": name} for name in ACTIVATIONS),
     {"residual": True, "last_bias": True},

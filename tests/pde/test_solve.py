@@ -14,7 +14,7 @@ from jaxstack.pde.baselines.first_order import TrainConfig
 from jaxstack.pde.baselines.second_order import CurvatureConfig
 from jaxstack.pde.estimate import energy_seminorm_error
 from jaxstack.pde.forms import Form
-from jaxstack.pde.methods import METHODS
+from jaxstack.pde.methods import METHODS, make_method
 from jaxstack.pde.solution import Solution
 from jaxstack.runtime.errors import UserError
 from jaxstack.runtime.signals import StopFlag
@@ -133,8 +133,15 @@ def test_stages_polish_and_say_whether_it_helped():
 
 
 def test_automatic_stages_follow_the_dimension():
-    names = lambda dim: [s.method for s in pde.automatic_stages(equations.poisson(dim))]  # noqa: E731
-    assert names(2) == ["pinn_engd"] and names(10)[0] == "npdg"
+    stages = lambda dim, *config: pde.automatic_stages(equations.poisson(dim), *config)  # noqa: E731
+    names = lambda dim, *config: [s.method for s in stages(dim, *config)]  # noqa: E731
+    assert names(2) == ["pinn_engd"] and names(20) == names(5) == ["npdg", "pinn_spring"] and names(50) == ["npdg"]
+    # One network for all stages, one's own where it is given.
+    for config in ((), (SMALL,)):
+        problem = equations.poisson(12)
+        networks = {make_method(s.method, problem, s.config).u for s in pde.automatic_stages(problem, *config)}
+        assert len(networks) == 1
+    assert networks == {SMALL.network(problem)}
     assert set(METHODS) == {*TINY, "npdg", "transport"}
 
 
