@@ -169,7 +169,7 @@ def _low(study: _Study) -> dict[str, Any]:
         engd = next(e for e in entrants.rivals(case) if e.label == "pinn_engd")
         return [entrants.npdg(case), entrants.adam(case), engd]
 
-    return study.compared(entrants.LOW, methods, 1)
+    return study.compared(entrants.LOW, methods, 1, budget_s=_BUDGET_S.value / 2)
 
 
 def _everyone(case: Case) -> list[Entrant]:

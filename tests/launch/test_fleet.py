@@ -38,7 +38,9 @@ def test_replicas_and_controller_are_killed_and_no_answer_notices(tmp_path: Path
     assert found["local_resumed"] >= 1, said
     # What it leaves can be looked at.
     shown = fleet("status", f"--workdir={tmp_path / 'fleet'}")
-    assert shown.returncode == 0 and "service live, version 1: 0 ready" in shown.stdout and "PREEMPTED" in shown.stdout
+    assert shown.returncode == 0 and "service live, version 1: 0 ready" in shown.stdout
+    # One that is killed in the last moments ends with the service, before anyone sees why.
+    assert "PREEMPTED" in shown.stdout or "the service is brought down" in shown.stdout
     told = json.loads(fleet("status", "--json", f"--workdir={tmp_path / 'fleet'}").stdout)
     assert told["controller"] is None and told["version"] == 1 and all(row["ended"] for row in told["replicas"])
     name = told["replicas"][0]["id"]

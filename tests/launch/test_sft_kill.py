@@ -94,9 +94,12 @@ def test_five_sigkills_at_random_moments_leave_no_trace(job):
         begin = newest_step(workdir)
         target = min(begin + rng.randint(1, 9), STEPS - 1)
         if kills < 5:
-            # Every other time in the middle of a save, else a random while after a random step.
+            # Every other time in the middle of a save, else a random while after a random step. Saves are short: one
+            # may be missed on a busy machine, but not so many that the run ends first.
             if attempt % 2 == 0:
-                wait_until(lambda t=target: saving(workdir) and newest_step(workdir) >= t - 3, process)
+                wait_until(
+                    lambda t=target: newest_step(workdir) >= t - 3 + 12 * (not saving(workdir)), process
+                )  # fmt: skip
             else:
                 wait_until(lambda t=target: newest_step(workdir) >= t, process)
                 time.sleep(rng.random() * 0.1)
