@@ -119,7 +119,9 @@ class _Study:
         budget_s: float | None = None,
         to_the_end: bool = False,
     ) -> dict[str, Any]:
-        """Runs by name, methods in turn for each seed, so that a busy machine hits all alike."""
+        """Runs by name, methods in turn for each seed, so that a busy machine hits all alike. Those to the end of the
+        budget have settings of their own, not those that were tuned for time.
+        """
         budget_s = _BUDGET_S.value if budget_s is None else budget_s
         found = {}
         for case in cases:
@@ -127,7 +129,12 @@ class _Study:
                 for entrant in entrants_of(case):
                     name = f"{'floor-' if to_the_end else ''}{case.name}-{entrant.label}-{seed}"
                     found[name] = lambda c=case, e=entrant, s=seed: time_to_error(
-                        c, self.tuned.apply(c, e), seed=s, budget_s=budget_s, to_the_end=to_the_end, stop=self.stop
+                        c,
+                        e if to_the_end else self.tuned.apply(c, e),
+                        seed=s,
+                        budget_s=budget_s,
+                        to_the_end=to_the_end,
+                        stop=self.stop,
                     )
         return found
 
