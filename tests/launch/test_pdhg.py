@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxstack.pde import compare
+from jaxstack.pde import Stage, compare
 from jaxstack.pde.baselines.first_order import TrainConfig
 from jaxstack.pde.compare import Case, Entrant, time_to_error
 from jaxstack.pde.methods import make_method
@@ -88,6 +88,20 @@ class TestTuning:
         (tmp_path / "tuned.json").write_text('{"a": 1}')
         with pytest.raises(UserError, match="expected outcomes of tuning"):
             tuning.Tuned.load(tmp_path / "tuned.json")
+
+
+def test_methods_compared_at_equal_time_share_a_network_but_for_how_it_starts():
+    for case in entrants.FLOOR:
+        problem = case.problem
+        networks = set()
+        for entrant in entrants.floor(case):
+            stages = (
+                [Stage(entrant.method, entrant.config)] if isinstance(entrant.method, str) else list(entrant.method)
+            )
+            made = {make_method(stage.method, problem, stage.config).u for stage in stages}
+            assert len(made) == 1, entrant.label
+            networks |= {dataclasses.replace(net, inputs_per_unit=1) for net in made}
+        assert len(networks) == 1
 
 
 class TestReport:
