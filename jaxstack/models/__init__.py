@@ -4,7 +4,8 @@ A folder's `config.json` becomes a `DecoderConfig` (`hf_config`), its safetensor
 (`checkpoint`, with the names of `hf_names`; `hf_families` lists what the
 families are), and `save_decoder` writes a folder that other software opens. The decoder
 (`decoder`, built of `linear`, `moe` and `rope`) leaves attention to the caller: `attention.dense_attention` for whole
-sequences, the engine's for pages. `lora` puts low-rank adapters into a decoder and `peft_format` reads
+sequences, the engine's for pages. `encoder` is BERT, which turns texts into vectors; `encoder_checkpoint` reads its
+folders. `lora` puts low-rank adapters into a decoder and `peft_format` reads
 and writes their folders. `serving_layout` rearranges a decoder's weights for inference. `tokenizer` and
 `chat_template` read the folder's text side.
 """

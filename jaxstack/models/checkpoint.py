@@ -71,7 +71,7 @@ def load_decoder(folder: str | Path, *, param_dtype: jnp.dtype | None = jnp.floa
     else:
         dtype = np.dtype(param_dtype)
     wanted = hf_tensors(config)
-    stored = _stored_tensors(folder)
+    stored = stored_tensors(folder)
     if (described.get("architectures") or [""])[0] in TEXT_MODELS:
         renamed = {text_model_name(name): tensor for name, tensor in stored.items()}
         stored = {name: tensor for name, tensor in renamed.items() if name is not None}
@@ -84,7 +84,7 @@ def load_decoder(folder: str | Path, *, param_dtype: jnp.dtype | None = jnp.floa
     decoder = Decoder.abstract(config, param_dtype=dtype)
     shapes = {path: value.shape for path, value in flat_params(decoder).items()}
     sizes = [math.prod(shape) * dtype.itemsize for shape in shapes.values()]
-    _require_memory(folder, device_bytes=sum(sizes), host_bytes=max(sizes))
+    require_memory(folder, device_bytes=sum(sizes), host_bytes=max(sizes))
 
     arrays: dict[tuple[str, ...], jax.Array] = {}
     with tqdm(
@@ -94,7 +94,7 @@ def load_decoder(folder: str | Path, *, param_dtype: jnp.dtype | None = jnp.floa
             stack = np.empty(shapes[path], dtype)
             for name, piece in pieces:
                 target = stack[piece.index]
-                _fill(target, _finite(stored[name], piece.rows, dtype), transposed=piece.transposed)
+                _fill(target, finite_values(stored[name], piece.rows, dtype), transposed=piece.transposed)
                 bar.update(target.nbytes)
             # A copy, not an alias of numpy's memory: training donates its parameters.
             arrays[path] = jnp.array(stack)
@@ -102,7 +102,7 @@ def load_decoder(folder: str | Path, *, param_dtype: jnp.dtype | None = jnp.floa
     return decoder
 
 
-def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of all files of a folder, headers checked; as the folder names them."""
     if (folder / _SINGLE).exists():
         return read_header(_inside(folder, _SINGLE, folder / _SINGLE))
@@ -170,7 +170,8 @@ def _matched(
     return stored
 
 
-def _finite(tensor: StoredTensor, rows: tuple[int, int], dtype: np.dtype) -> np.ndarray:
+def finite_values(tensor: StoredTensor, rows: tuple[int, int] | None, dtype: np.dtype) -> np.ndarray:
+    """A tensor, or some of its rows, as `dtype`; refuses NaN and infinities."""
     data = tensor.read(rows)
     with np.errstate(over="ignore"):
         data = data.astype(dtype, copy=False)
@@ -187,7 +188,7 @@ def _fill(target: np.ndarray, data: np.ndarray, *, transposed: bool) -> None:
         target[:, start : start + 64] = data[start : start + 64].T
 
 
-def _require_memory(folder: Path, *, device_bytes: int, host_bytes: int) -> None:
+def require_memory(folder: Path, *, device_bytes: int, host_bytes: int) -> None:
     """Refuses a model that the device, or on the way to it the host, has no room for."""
     (device,) = jax.device_put(0).devices()  # where new arrays go
     stats = None if device.platform == "cpu" else device.memory_stats()

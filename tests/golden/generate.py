@@ -6,14 +6,18 @@ With names, only those checkpoints are made, and nothing else.
 
 `decoder/NAME/`: a tiny random checkpoint of each family, saved by transformers itself, and `logits.npz` with two token
 sequences and transformers' float32 logits for them.
+`encoder/NAME/`: the same of BERT's kind, with a tokenizer; `outputs.npz` has texts, their tokens, the last layer's
+outputs and the texts' vectors.
 `rope.npz`: transformers' inverse frequencies for published models' settings.
 """
 
+import json
 import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
 import transformers
 
@@ -185,6 +189,87 @@ def decoder_checkpoints(out: Path, only: list[str]) -> None:
         np.savez(folder / "logits.npz", **arrays)
 
 
+BERT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 40,
+}
+# name: (model class, what differs from BERT, what sentence-transformers says of pooling, if anything)
+ENCODERS = {
+    "bert": (transformers.BertModel, {}, None),
+    "bert_cls": (
+        transformers.BertForMaskedLM,
+        {"hidden_act": "gelu_new", "layer_norm_eps": 1e-5, "type_vocab_size": 3},
+        {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False},
+    ),
+}
+TEXTS = [
+    "How is the weather in Oslo today?",
+    "weather",
+    "What is the weather like, and is it going to be as cold as it was on the day before the day before yesterday?",
+]
+
+
+def bert_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Lower-case word pieces: some words, and all letters."""
+    words = ["how", "is", "the", "weather", "in", "today", "what", "it", "was", "day", "before", "as", "to", "?", ","]
+    letters = [chr(ord("a") + i) for i in range(26)]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *letters, *(f"##{letter}" for letter in letters)]
+    pipeline = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece(vocab={piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]")
+    )
+    pipeline.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    pipeline.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    markers = [("[CLS]", pieces.index("[CLS]")), ("[SEP]", pieces.index("[SEP]"))]
+    pipeline.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=markers
+    )
+    # As published folders have them: both are to be overridden.
+    pipeline.enable_padding(length=64)
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=pipeline, **names, model_max_length=40)
+
+
+def encoder_checkpoints(out: Path, only: list[str]) -> None:
+    tokenizer = bert_tokenizer()
+    for seed, (name, (model_class, differences, pooling)) in enumerate(ENCODERS.items()):
+        if only and name not in only:
+            continue
+        torch.manual_seed(100 + seed)
+        config = transformers.BertConfig(
+            **{"vocab_size": len(tokenizer), **BERT, **differences}, attn_implementation="eager"
+        )
+        model = model_class(config).eval()
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                noise = torch.randn_like(parameter) * 0.3
+                parameter.copy_(1 + noise if "LayerNorm.weight" in key else noise)
+        folder = out / name
+        shutil.rmtree(folder, ignore_errors=True)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if pooling is not None:
+            (folder / "1_Pooling").mkdir()
+            (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling, indent=2) + "\n")
+        encoder = getattr(model, "bert", model)
+        batch = tokenizer(TEXTS, padding="longest", truncation=True, max_length=40, return_tensors="pt")
+        with torch.no_grad():
+            hidden = encoder(batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids")).last_hidden_state
+        there = batch["attention_mask"][..., None].float()
+        mean = (hidden * there).sum(1) / there.sum(1)
+        vectors = torch.nn.functional.normalize(hidden[:, 0] if pooling else mean, dim=-1)
+        np.savez(
+            folder / "outputs.npz",
+            texts=np.array(TEXTS),
+            tokens=batch["input_ids"].numpy().astype(np.int32),
+            mask=batch["attention_mask"].numpy().astype(bool),
+            hidden=hidden.numpy(),
+            vectors=vectors.numpy(),
+        )
+
+
 # name: (head_dim, max_position_embeddings, rope_parameters)
 ROPES = {
     "qwen3": (128, 40960, {"rope_type": "default", "rope_theta": 1000000.0}),
@@ -235,9 +320,10 @@ def rope_frequencies(path: Path) -> None:
 
 if __name__ == "__main__":
     names = sys.argv[1:]
-    if unknown := sorted(set(names) - CHECKPOINTS.keys()):
-        sys.exit(f"found {unknown[0]!r}, expected some of {', '.join(CHECKPOINTS)}")
+    if unknown := sorted(set(names) - CHECKPOINTS.keys() - ENCODERS.keys()):
+        sys.exit(f"found {unknown[0]!r}, expected some of {', '.join([*CHECKPOINTS, *ENCODERS])}")
     decoder_checkpoints(Path(__file__).parent / "decoder", names)
+    encoder_checkpoints(Path(__file__).parent / "encoder", names)
     if names:
         sys.exit()
     rope_frequencies(Path(__file__).parent / "rope.npz")
