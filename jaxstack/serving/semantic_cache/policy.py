@@ -5,7 +5,6 @@ requests alone. It is plain numpy and has no clock, so a study replays streams t
 asks. It is not thread-safe; whoever shares one holds a lock.
 """
 
-import abc
 import dataclasses
 from typing import Any, ClassVar
 
@@ -37,7 +36,7 @@ class Decisions:
     hit: Bool[np.ndarray, "requests"]
 
 
-class Policy(abc.ABC):
+class Policy:
     """Decides whether cached entries answer.
 
     The life of a request: `decide`. A hit ends there. Otherwise the model answers; if there was a candidate and the
@@ -54,7 +53,6 @@ class Policy(abc.ABC):
     learns: ClassVar[bool] = True
     k: int = 1
 
-    @abc.abstractmethod
     def decide(
         self,
         entries: Int[np.ndarray, "requests k"],
@@ -70,6 +68,7 @@ class Policy(abc.ABC):
           u: one uniform number in [0, 1) for each request: explore if u <= tau.
           delta: lower error bounds for single requests.
         """
+        raise NotImplementedError
 
     def label(self, entry: int, similarity: float, correct: bool | None, tau: float, *, controls: bool = True) -> None:
         """Whether `entry`'s answer would have been right for a request that was explored with probability `tau`.
@@ -109,10 +108,9 @@ class Policy(abc.ABC):
         """Goes on from `state()`. State that is not understood is left alone."""
 
 
-def cosines(similarity: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+def cosines(similarity: Float[np.ndarray, "*shape"] | float) -> Float[np.ndarray, "*shape"]:
     """Similarities as observations hold them: in [0, 1], three decimals. Not a number: 0."""
-    clipped = np.clip(np.nan_to_num(np.asarray(similarity, dtype=np.float64), nan=0.0), 0.0, 1.0)
-    return np.round(clipped, 3)
+    return np.rint(np.fmin(np.fmax(similarity, 0.0), 1.0) * 1000.0) / 1000.0
 
 
 def deltas(delta: float, asked: Float[np.ndarray, "requests"] | None, requests: int) -> Float[np.ndarray, "requests"]:

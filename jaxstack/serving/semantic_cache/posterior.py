@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxstack.serving.semantic_cache.policy import NO_ENTRY, cosines
+from jaxstack.serving.semantic_cache.policy import NO_ENTRY
 
 # Chance that a label is wrong: the likelihood keeps this far from 0 and 1.
 _LABEL_NOISE = 0.0025
@@ -85,7 +85,7 @@ class PosteriorTable:
 
     def __init__(self, grid: ThresholdGrid | None = None):
         self.grid = grid or default_grid()
-        self.prior: Float[np.ndarray, "cells"] = np.full(self.grid.size, 1 / self.grid.size)
+        self.prior: Float[np.ndarray, cells] = np.full(self.grid.size, 1 / self.grid.size)
         self.labels = 0
         self._learned_at = 0
         self._rows: dict[int, int] = {}  # entry -> row, in the order of their first labels
@@ -115,14 +115,12 @@ class PosteriorTable:
             self._log[row], self._ratio[row] = 0.0, 1.0
             self._free.append(row)
 
-    def alpha(
-        self, entries: Int[np.ndarray, "*n"], similarity: Float[np.ndarray, "*n"]
-    ) -> Float[np.ndarray, "*n"]:
+    def alpha(self, entries: Int[np.ndarray, "*n"], similarity: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
         """P(right | everything seen so far), the posterior mean; 0 for `NO_ENTRY`."""
         entries = np.asarray(entries)
         flat = entries.ravel().tolist()
         rows = np.array([self._rows.get(entry, 0) for entry in flat], dtype=np.intp)
-        right = self.grid.table[_index(np.asarray(similarity)).ravel()]
+        right = self.grid.table[_index(similarity).ravel()]
         weight = self._ratio[rows] * self.prior
         alpha = np.einsum("ng,ng->n", weight, right) / weight.sum(axis=1)
         return np.where(entries == NO_ENTRY, 0.0, alpha.reshape(entries.shape))
@@ -175,4 +173,5 @@ class PosteriorTable:
 
 
 def _index(similarity: Float[np.ndarray, "*n"] | float) -> Int[np.ndarray, "*n"]:
-    return np.rint(cosines(np.asarray(similarity)) * (_SIMILARITIES - 1)).astype(np.intp)
+    """Rows of the table; not a number is row 0."""
+    return np.rint(np.fmin(np.fmax(similarity, 0.0), 1.0) * (_SIMILARITIES - 1)).astype(np.intp)
