@@ -27,13 +27,19 @@ def _figure(columns: int, width: float = 4.2, height: float = 3.8) -> tuple[Any,
 def plot_errors(
     path: str | Path, histories: Mapping[str, Sequence[Mapping[str, Any]]], *, fields: Sequence[str] = ("c_l2",)
 ) -> None:
-    """Errors against run seconds, log-log, a line for each history and field that has values."""
+    """Errors against run seconds, log-log, a line for each history and field that has values. Histories whose names
+    differ behind a comma and "seed" alone share a colour and a name.
+    """
     figure, (axes,) = _figure(1, 7.0, 4.5)
-    for name, rows in histories.items():
+    colours: dict[str, Any] = {}
+    for history, rows in histories.items():
         for field in fields:
             points = [(r["seconds"], r[field]) for r in rows if r.get(field) and np.isfinite(r[field])]
-            if points:
-                axes.loglog(*zip(*points), label=f"{name} {field}" if len(fields) > 1 else name)
+            if not points:
+                continue
+            name = history.partition(", seed ")[0] + (f" {field}" if len(fields) > 1 else "")
+            (line,) = axes.loglog(*zip(*points), color=colours.get(name), label=None if name in colours else name)
+            colours[name] = line.get_color()
     axes.set_xlabel("run seconds")
     axes.set_ylabel(", ".join(fields))
     axes.grid(alpha=0.3, which="both")

@@ -78,7 +78,7 @@ def floor(case: Case) -> list[Entrant]:
         "boundary_weight": 30.0,
         "phi_width": 64,
     }
-    spring = CurvatureConfig(averaging=0.8, **network)
+    curved = CurvatureConfig(averaging=0.8, **network)
     cosine = TrainConfig(
         learning_rate=3e-3, decay_steps=3000 if case.dim > 32 else 6000, boundary_weight=1000.0, interior_samples=200,
         boundary_samples=200, **network,
@@ -89,7 +89,7 @@ def floor(case: Case) -> list[Entrant]:
         if case.dim > 32:
             return (Stage("npdg", config),)
         polish = CurvatureConfig(averaging=0.8, **network)
-        return (Stage("npdg", config, 0.2), Stage("pinn_spring", polish, 0.8))
+        return (Stage("npdg", config, 0.1), Stage("pinn_engd", polish, 0.9))
 
     lbfgs = CurvatureConfig(interior_samples=1000, boundary_samples=500, renew=200, **network)
     best = Entrant("npdg and polish" if case.dim <= 32 else "npdg", primal_dual(**network))
@@ -98,7 +98,8 @@ def floor(case: Case) -> list[Entrant]:
         return [best, dense]
     return [
         best,
-        Entrant("pinn_spring", "pinn_spring", spring),
+        Entrant("pinn_spring", "pinn_spring", dataclasses.replace(curved, momentum=0.5)),
+        Entrant("pinn_engd", "pinn_engd", curved),
         Entrant("pinn_adam, cosine", "pinn_adam", cosine),
         Entrant("pinn_lbfgs", "pinn_lbfgs", lbfgs),
         dense,

@@ -195,6 +195,7 @@ def kill(program: "Program | subprocess.Popen[str]") -> None:
     """With all that it has started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(program.pid, signal.SIGKILL)
+    program.kill()  # one that has only just begun leads no group yet
     program.communicate()
 
 

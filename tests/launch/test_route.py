@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -73,7 +73,10 @@ class Answer:
     resumed: bool = False
 
 
-async def ask(http: httpx.AsyncClient, url: str, number: int, tokens: int) -> Answer:
+async def ask(
+    http: httpx.AsyncClient, url: str, number: int, tokens: int, begun: Callable[[str], None] = lambda replica: None
+) -> Answer:
+    """`begun` hears which replica sends as soon as a stream's second token is there."""
     client, stream = f"client {number % 5}", number % 2 == 0
     body: dict[str, Any] = {
         "prompt": f"{client} has a prompt of some length that begins alike; question {number % 7}".ljust(150, "."),
@@ -89,7 +92,11 @@ async def ask(http: httpx.AsyncClient, url: str, number: int, tokens: int) -> An
         return found
     body |= {"stream": True, "stream_options": {"include_usage": True}}
     async with http.stream("POST", f"{url}/v1/completions", json=body) as answer:
-        text = (await answer.aread()).decode()
+        text = ""
+        async for piece in answer.aiter_text():
+            text += piece
+            if text.count("data: ") >= 2:
+                begun(answer.headers["x-replica"])
     found = Answer(client, answer.headers.get("x-replica", ""), status=answer.status_code)
     if answer.status_code != 200:
         found.error = json.loads(text)["error"]["code"]
@@ -110,22 +117,19 @@ async def ask(http: httpx.AsyncClient, url: str, number: int, tokens: int) -> An
 
 def test_one_of_three_replicas_is_killed_under_load(running: Running) -> None:
     victim = next(iter(running.replicas))
+    left = {victim: running.replicas[victim]}
+
+    def kill(replica: str) -> None:
+        """In the middle of a stream, which goes on for a while, and of others."""
+        if pid := left.pop(replica, None):
+            os.kill(pid, signal.SIGKILL)
 
     async def load() -> list[Answer]:
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(trust_env=False, timeout=120, limits=limits) as http:
             first = await asyncio.gather(*(ask(http, running.url, i, 8) for i in range(15)))
-            work = [asyncio.create_task(ask(http, running.url, i, 160)) for i in range(36)]
-            # Kill it when it is in the middle of many.
-            while True:
-                await asyncio.sleep(0.02)
-                status = (await http.get(f"{running.url}/router/status")).json()
-                if status["replicas"][victim]["active"] >= 8:
-                    break
-                assert not all(task.done() for task in work)
-            await asyncio.sleep(0.2)
-            os.kill(running.replicas[victim], signal.SIGKILL)
-            second = await asyncio.gather(*work)
+            second = await asyncio.gather(*(ask(http, running.url, i, 160, begun=kill) for i in range(36)))
+            assert not left
             third = await asyncio.gather(*(ask(http, running.url, i, 8) for i in range(15)))
             return [*first, *second, *third]
 

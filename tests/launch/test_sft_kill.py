@@ -72,10 +72,10 @@ def newest_step(workdir: Path) -> int:
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
-def saving(workdir: Path) -> bool:
-    """Whether orbax is in the middle of writing a checkpoint."""
+def being_saved(workdir: Path) -> set[str]:
+    """Checkpoints that orbax is in the middle of writing, or was when it was killed."""
     folder = workdir / "checkpoints"
-    return folder.is_dir() and any("orbax-checkpoint-tmp" in name for name in os.listdir(folder))
+    return {name for name in os.listdir(folder) if "orbax-checkpoint-tmp" in name} if folder.is_dir() else set()
 
 
 def wait_until(condition, process, timeout_s: float = 120) -> None:
@@ -86,35 +86,42 @@ def wait_until(condition, process, timeout_s: float = 120) -> None:
 
 def test_five_sigkills_at_random_moments_leave_no_trace(job):
     folder, start = job
-    workdir = folder / "killed"
     rng = random.Random(7)
     kills = kills_while_saving = 0
-    for attempt in range(30):
-        process = start("killed")
-        begin = newest_step(workdir)
-        target = min(begin + rng.randint(1, 9), STEPS - 1)
-        if kills < 5:
-            # Every other time in the middle of a save, else a random while after a random step. Saves are short: one
-            # may be missed on a busy machine, but not so many that the run ends first.
-            if attempt % 2 == 0:
-                wait_until(
-                    lambda t=target: newest_step(workdir) >= t - 3 + 12 * (not saving(workdir)), process
-                )  # fmt: skip
-            else:
-                wait_until(lambda t=target: newest_step(workdir) >= t, process)
-                time.sleep(rng.random() * 0.1)
-            if process.poll() is None:
-                kills_while_saving += saving(workdir)
-                programs.kill(process)
-                kills += 1
-                continue
+
+    def killed(process, workdir: Path, left: set[str]) -> bool:
+        """Every other time in the middle of a save, else a random while after a random step; false if it had ended."""
+        nonlocal kills, kills_while_saving
+        target = min(newest_step(workdir) + rng.randint(1, 9), STEPS - 1)
+        saving = lambda: being_saved(workdir) - left  # noqa: E731
+        if kills % 2 == 0 or kills >= 5:
+            # Saves are short: one may be missed on a busy machine, but not so many that the run ends first.
+            wait_until(lambda: newest_step(workdir) >= target - 3 + 12 * (not saving()), process)
+        else:
+            wait_until(lambda: newest_step(workdir) >= target, process)
+            time.sleep(rng.random() * 0.1)
+        if process.poll() is not None:
+            return False
+        process.send_signal(signal.SIGSTOP)
+        kills, kills_while_saving = kills + 1, kills_while_saving + bool(saving())
+        programs.kill(process)
+        return True
+
+    # A run that a busy machine lets end before the fifth kill must show nothing of the others; then there is one more.
+    for number in range(5):
+        workdir = folder / f"killed {number}"
+        ended = False
+        while not ended:
+            left = being_saved(workdir)
+            process = start(workdir.name)
+            ended = (kills >= 5 and kills_while_saving > 0) or not killed(process, workdir, left)
         _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
-        if newest_step(workdir) == STEPS:
-            break
-    assert kills >= 5 and kills_while_saving >= 1
-    assert weights(workdir) == weights(folder / "reference")
-    assert rows(workdir) == rows(folder / "reference")
+        assert weights(workdir) == weights(folder / "reference")
+        assert rows(workdir) == rows(folder / "reference")
+        if kills >= 5 and kills_while_saving:
+            return
+    raise AssertionError(f"{kills} kills, {kills_while_saving} while saving, expected 5 and 1")
 
 
 def test_sigterm_saves_and_exits_0_and_the_restarted_run_shows_no_trace(job):

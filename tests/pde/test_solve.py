@@ -135,7 +135,7 @@ def test_stages_polish_and_say_whether_it_helped():
 def test_automatic_stages_follow_the_dimension():
     stages = lambda dim, *config: pde.automatic_stages(equations.poisson(dim), *config)  # noqa: E731
     names = lambda dim, *config: [s.method for s in stages(dim, *config)]  # noqa: E731
-    assert names(2) == ["pinn_engd"] and names(20) == names(5) == ["npdg", "pinn_spring"] and names(50) == ["npdg"]
+    assert names(2) == ["pinn_engd"] and names(20) == names(5) == ["npdg", "pinn_engd"] and names(50) == ["npdg"]
     # One network for all stages, one's own where it is given.
     for config in ((), (SMALL,)):
         problem = equations.poisson(12)
