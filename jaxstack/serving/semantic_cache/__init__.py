@@ -6,3 +6,19 @@ is embedded, its nearest entries are found in the scope's own index (`index.py`)
 `policies.py`) decides: answer, or explore. What was explored is compared with what the cache would have said
 (`judge.py`), and the label teaches the policy.
 """
+
+from jaxstack.serving.semantic_cache.cache import SemanticCache
+from jaxstack.serving.semantic_cache.config import CacheConfig, TenantOverrides
+from jaxstack.serving.semantic_cache.embedders import Embedder, HashedNgramEmbedder
+from jaxstack.serving.semantic_cache.entry import CachedResponse
+from jaxstack.serving.semantic_cache.lookup import Lookup
+
+__all__ = [
+    "CacheConfig",
+    "CachedResponse",
+    "Embedder",
+    "HashedNgramEmbedder",
+    "Lookup",
+    "SemanticCache",
+    "TenantOverrides",
+]

@@ -1,0 +1,276 @@
+"""What of a cache survives the process: one SQLite file, in WAL mode, written by one thread.
+
+Writes are grouped: a commit each few milliseconds. A process that is killed loses at most its last group, and never
+half of one. `flush` returns when everything before it is on file; whoever promises something to a user calls it first.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxstack.runtime.errors import UserError
+from jaxstack.serving.semantic_cache.entry import CachedResponse, Entry
+
+log = logging.getLogger(__name__)
+
+_VERSION = 1
+_GROUP, _GROUP_S = 256, 0.01
+# Labels of an entry that a start reads.
+_LABELS = 256
+
+_OWNER = "INSERT OR REPLACE INTO owners VALUES (?, ?, ?, ?)"
+_SCHEMA = """
+CREATE TABLE meta(name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE entries(
+    id INTEGER PRIMARY KEY AUTOINCREMENT, owner TEXT NOT NULL, scope BLOB NOT NULL, exact BLOB NOT NULL,
+    model TEXT NOT NULL, prompt TEXT NOT NULL, response TEXT NOT NULL, semantic INTEGER NOT NULL,
+    embedding BLOB, embedder_id TEXT, created_s REAL NOT NULL, expires_s REAL, last_used_s REAL NOT NULL,
+    hits INTEGER NOT NULL, saved_s REAL NOT NULL, bytes INTEGER NOT NULL, reports INTEGER NOT NULL DEFAULT 0);
+CREATE TABLE labels(
+    entry_id INTEGER NOT NULL, s REAL NOT NULL, c INTEGER NOT NULL, tau REAL NOT NULL, source TEXT NOT NULL,
+    embedder_id TEXT NOT NULL, at_s REAL NOT NULL);
+CREATE INDEX labels_by_entry ON labels(entry_id);
+CREATE TABLE owners(owner TEXT NOT NULL, embedder_id TEXT NOT NULL, policy TEXT NOT NULL, state TEXT NOT NULL,
+    PRIMARY KEY(owner, embedder_id, policy));
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredLabel:
+    """One label, as `Policy.label` takes it."""
+
+    entry: int
+    similarity: float
+    correct: bool
+
+
+class CacheStore:
+    """The file of one cache. One process has it at a time.
+
+    Args:
+      collect: called before a commit, on the writer's thread: rows of owners' states, each a tuple (owner, embedder id,
+        policy, state as JSON), that go into that commit.
+
+    Raises:
+      UserError: the file cannot be read, is another program's, is of a newer version, or is in use.
+
+    Attributes:
+      failed: why nothing is written any more; None while all is well.
+    """
+
+    def __init__(self, path: str | Path, collect: Callable[[], list[tuple[str, str, str, str]]] | None = None):
+        self.path = Path(path)
+        self.failed: str | None = None
+        self._collect = collect
+        self._lock_file = _locked(self.path)
+        try:
+            self._reader = _opened(self.path)
+        except BaseException:
+            os.close(self._lock_file)
+            raise
+        self._queue: queue.SimpleQueue[tuple[str, Any] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write, name="cache-store", daemon=True)
+        self._closed = False
+
+    # -------------------------------------------------------------------------------------------------------- reading
+
+    def entries(self, embedder_id: str) -> Iterator[tuple[Entry, Float[np.ndarray, "dim"] | None]]:
+        """All entries, oldest first, each with its vector if that is of this embedder."""
+        fields = "id, owner, scope, exact, model, prompt, response, semantic, created_s, expires_s, last_used_s, hits, "
+        fields += "saved_s, bytes, reports, embedding, embedder_id"
+        for row in self._reader.execute(f"SELECT {fields} FROM entries ORDER BY id"):
+            response, (embedding, of) = CachedResponse(**json.loads(row[6])), row[15:]
+            values = (*row[:6], response, bool(row[7]), *row[8:15])
+            entry = Entry(*values)
+            mine = embedding is not None and of == embedder_id
+            yield entry, np.frombuffer(embedding, np.float32) if mine else None
+
+    def labels(self, embedder_id: str) -> Iterator[StoredLabel]:
+        """The newest labels of each entry, in the order in which they came."""
+        ranked = "SELECT rowid, entry_id, s, c, row_number() OVER (PARTITION BY entry_id ORDER BY rowid DESC) AS age "
+        ranked += "FROM labels WHERE embedder_id = ?"
+        query = f"SELECT entry_id, s, c FROM ({ranked}) WHERE age <= {_LABELS} ORDER BY rowid"
+        for entry, s, c in self._reader.execute(query, (embedder_id,)):
+            yield StoredLabel(entry, s, bool(c))
+
+    def owner_states(self, embedder_id: str, policy: str) -> dict[str, dict[str, Any]]:
+        query = "SELECT owner, state FROM owners WHERE embedder_id = ? AND policy = ?"
+        return {owner: json.loads(state) for owner, state in self._reader.execute(query, (embedder_id, policy))}
+
+    def next_id(self) -> int:
+        """An entry id that was never used."""
+        row = self._reader.execute("SELECT seq FROM sqlite_sequence WHERE name = 'entries'").fetchone()
+        return 1 if row is None else int(row[0]) + 1
+
+    # -------------------------------------------------------------------------------------------------------- writing
+
+    def begin(self) -> None:
+        """Starts the writer; everything has been read."""
+        self._reader.close()
+        self._thread.start()
+
+    def put(self, entry: Entry, vector: Float[np.ndarray, "dim"] | None, embedder_id: str) -> None:
+        blob = None if vector is None else np.ascontiguousarray(vector, np.float32).tobytes()
+        # numpy's integers would be bound as blobs, which equal no number.
+        values = (
+            *(int(entry.id), entry.owner, entry.scope, entry.exact, entry.model, entry.prompt),
+            *(json.dumps(dataclasses.asdict(entry.response)), int(entry.semantic)),
+            *(blob, None if blob is None else embedder_id, entry.created_s, entry.expires_s, entry.last_used_s),
+            *(int(entry.hits), float(entry.saved_s), int(entry.size_bytes), int(entry.reports)),
+        )
+        self._put(f"INSERT OR REPLACE INTO entries VALUES ({', '.join('?' * len(values))})", values)
+
+    def touch(self, entry: Entry) -> None:
+        """Its use, and reports about it."""
+        values = (entry.last_used_s, int(entry.hits), float(entry.saved_s), int(entry.reports), int(entry.id))
+        self._put("UPDATE entries SET last_used_s = ?, hits = ?, saved_s = ?, reports = ? WHERE id = ?", values)
+
+    def delete(self, entry: int) -> None:
+        self._put("DELETE FROM entries WHERE id = ?", (int(entry),))
+        self._put("DELETE FROM labels WHERE entry_id = ?", (int(entry),))
+
+    def label(self, label: StoredLabel, tau: float, source: str, embedder_id: str, at_s: float) -> None:
+        values = (int(label.entry), float(label.similarity), int(label.correct), float(tau), source, embedder_id, at_s)
+        self._put("INSERT INTO labels VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+
+    def flush(self) -> bool:
+        """Waits until all that was put is on file. Returns whether it is."""
+        if self._closed or not self._thread.is_alive():
+            return False
+        done = threading.Event()
+        self._queue.put(("flush", done))
+        done.wait()
+        return self.failed is None
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
+        with contextlib.suppress(sqlite3.Error):
+            self._reader.close()
+        os.close(self._lock_file)
+
+    def _put(self, statement: str, values: Sequence[Any]) -> None:
+        if self.failed is None and not self._closed:
+            self._queue.put((statement, values))
+
+    def _write(self) -> None:
+        connection = sqlite3.connect(self.path, isolation_level=None)
+        try:
+            self._settings(connection)
+            while True:
+                group, waiting, last = self._next_group()
+                try:
+                    self._commit(connection, group)
+                except (sqlite3.Error, UnicodeError) as error:
+                    self._fail(error)
+                for done in waiting:
+                    done.set()
+                if last:
+                    return
+        finally:
+            connection.close()
+
+    @staticmethod
+    def _settings(connection: sqlite3.Connection) -> None:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")
+
+    def _next_group(self) -> tuple[list[tuple[str, Any]], list[threading.Event], bool]:
+        """Waits for something to write and takes what comes with it: statements, who waits, whether to end."""
+        group: list[tuple[str, Any]] = []
+        waiting: list[threading.Event] = []
+        item: tuple[str, Any] | None = self._queue.get()
+        while True:
+            if item is None:
+                self._gather(group)
+                return group, waiting, True
+            if item[0] == "flush":
+                waiting.append(item[1])
+            else:
+                group.append(item)
+            if len(group) >= _GROUP:
+                break
+            try:
+                # Whoever waits shall not wait for more to come.
+                item = self._queue.get(timeout=0 if waiting else _GROUP_S)
+            except queue.Empty:
+                break
+        self._gather(group)
+        return group, waiting, False
+
+    def _gather(self, group: list[tuple[str, Any]]) -> None:
+        """Puts what `collect` says behind the group."""
+        if self._collect is not None:
+            group += [(_OWNER, values) for values in self._collect()]
+
+    def _commit(self, connection: sqlite3.Connection, group: list[tuple[str, Any]]) -> None:
+        if not group or self.failed is not None:
+            return
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            for statement, values in group:
+                connection.execute(statement, values)
+            connection.execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                connection.execute("ROLLBACK")
+            raise
+
+    def _fail(self, error: Exception) -> None:
+        self.failed = f"{self.path}: {error}"
+        log.error("the cache goes on in memory only: %s", self.failed)
+
+
+def _locked(path: Path) -> int:
+    """Takes the file for this process; the system gives it back whatever becomes of us."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise UserError(f"path: {path} cannot be opened: {error.strerror}", exit_code=2) from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise UserError(f"path: {path} is in use by another process, expected one of our own", exit_code=2) from None
+    return descriptor
+
+
+def _opened(path: Path) -> sqlite3.Connection:
+    """Opens the file, or makes it."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        if version > _VERSION:
+            raise UserError(f"path: {path} has version {version}, expected at most {_VERSION}", exit_code=2)
+        if version == 0:
+            if tables:
+                raise UserError(f"path: {path} is a database of another program, expected a cache's", exit_code=2)
+            connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;")
+        elif connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+            raise UserError(f"path: {path} is damaged, expected a sound SQLite file", exit_code=2)
+        return connection
+    except sqlite3.Error as error:
+        connection.close()
+        raise UserError(f"path: {path} cannot be read as a cache: {error}", exit_code=2) from None
+    except UserError:
+        connection.close()
+        raise
