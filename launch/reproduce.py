@@ -24,6 +24,7 @@ PAPERS: Mapping[str, str] = {
     "moe_lightning": "launch.papers.moe_lightning",
     "pie": "launch.papers.pie",
     "skyserve": "launch.papers.skyserve",
+    "vectorq": "launch.papers.vectorq",
 }
 """Name of a paper -> the module that reproduces it: it defines its flags when imported, and has `run(workdir)`."""
 

@@ -136,7 +136,7 @@ class HashedNgramEmbedder:
         padded = f"^{word}$"
         grams = [padded[i : i + 3] for i in range(len(padded) - 2)] if len(word) > 1 else []
         weight = self.idf(word)
-        shares = [1.0, *[_GRAM_WEIGHT / math.sqrt(len(grams))] * len(grams)]
+        shares = [1.0, *[_GRAM_WEIGHT / math.sqrt(len(grams) or 1)] * len(grams)]
         return self._features([word, *(f"3:{gram}" for gram in grams)], weight * np.array(shares))
 
     def _pair_features(self, first: str, second: str) -> tuple[Int[np.ndarray, "n"], Float[np.ndarray, "n"]]:
