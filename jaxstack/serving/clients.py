@@ -40,6 +40,16 @@ class Caller:
         name = name[:_LONGEST_NAME].encode("utf-8", "replace").decode("utf-8")
         return f"user:{name}" if name in self.reserved else name
 
+    @property
+    def tenant(self) -> str:
+        """Whose answers may be given to it: those of the key's owner, or of the client that a gateway vouches for;
+        "" is everybody else together. Nothing that the request itself says counts.
+        """
+        if self.owner is not None:
+            return f"key:{self.owner}"
+        named = (self.named or "").strip()
+        return f"client:{named}" if named else ""
+
 
 def caller_of(exchange: Exchange, config: ServerConfig) -> Caller:
     """Who asks in an exchange whose key has been checked."""

@@ -18,7 +18,7 @@ from jaxstack.serving.answers import Answer, ChatAnswer, CompletionAnswer
 from jaxstack.serving.clients import Caller
 from jaxstack.serving.config import ServerConfig
 from jaxstack.serving.embeddings import embeddings
-from jaxstack.serving.generation import Generation, Piece
+from jaxstack.serving.generation import Generation, Piece, Usage
 from jaxstack.serving.journal import BrokenOff, Journal, Resumed, check_resumed
 from jaxstack.serving.prompts import Job, chat_job, completion_job
 
@@ -140,6 +140,12 @@ class Endpoints:
                 yield [*opening, *(c for piece in pieces for c in reply.chunks(piece))] if pieces or opening else None
                 opening = []
             yield reply.closing(generation.usage)
+
+    async def pieces(self, job: Job) -> AsyncGenerator[tuple[list[Piece], Usage]]:
+        """What comes of a job as it comes, with the tokens so far; for whoever makes an answer of it elsewhere."""
+        async with self._generation(job) as generation:
+            while not generation.finished:
+                yield await generation.take(), generation.usage
 
     async def journaled(self, reply: Answer, patience_s: float | None = None) -> AsyncGenerator[Commit | None]:
         """As `chunks`, with the pieces that they come from. An answer that is no stream comes as one chunk, at the end.

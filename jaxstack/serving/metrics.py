@@ -4,6 +4,7 @@ Gauges and counters are read from the engine when somebody asks. Histograms are 
 engine's thread, so filling is one numpy call however many tokens there were.
 """
 
+import math
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from prometheus_client.registry import Collector
 from jaxstack.engine import Engine, RequestTiming
 from jaxstack.engine.memory.swap.reading import SwapReading
 from jaxstack.serving.fairness import of_clients
+from jaxstack.serving.semantic_cache import SemanticCache
+from jaxstack.serving.semantic_cache.account import CacheStats
 
 # vLLM's bucket bounds.
 _FIRST_TOKEN = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0]
@@ -71,10 +74,12 @@ class Metrics(Collector):
 
     Args:
       model_name: value of the label `model_name`.
+      cache: whose figures are shown, too.
     """
 
-    def __init__(self, engine: Engine, model_name: str):
+    def __init__(self, engine: Engine, model_name: str, cache: SemanticCache | None = None):
         self._engine, self._model_name = engine, model_name
+        self._cache = cache
         seconds = "seconds"
         self._first_token = _Histogram(
             "vllm:time_to_first_token_seconds", f"Arrival to first token, {seconds}.", _FIRST_TOKEN
@@ -179,6 +184,8 @@ class Metrics(Collector):
         yield pages
         if stats.swap is not None:
             yield from self._swapping(stats.swap)
+        if self._cache is not None:
+            yield from self._caching(self._cache.stats())
         yield from self._fairness()
         for histogram in self._histograms:
             yield histogram.family(self._model_name)
@@ -199,6 +206,31 @@ class Metrics(Collector):
         yield gauge("jaxstack:swap_host_share", "Share of keys and values to keep on the host.", swap.share)
         yield gauge("jaxstack:swap_link_bytes_per_s", "Host to device, as known.", swap.link_bytes_per_s)
         yield gauge("jaxstack:swap_device_peak_bytes", "Most that keys and values have taken.", swap.device_peak_bytes)
+
+    def _caching(self, stats: CacheStats) -> Iterator[Metric]:
+        """The semantic cache, all tenants together. What is not estimated is left out."""
+        gauge, counter = self._gauge, self._counter
+        labels = ["model_name", "kind"]
+        requests = CounterMetricFamily("jaxstack:cache_requests", "Requests, by how they were answered.", labels=labels)
+        for kind, count in stats.requests.items():
+            requests.add_metric([self._model_name, kind], count)
+        refused = CounterMetricFamily(
+            "jaxstack:cache_refused", "Answers not kept or removed.", labels=["model_name", "reason"]
+        )
+        for reason, count in stats.refused.items():
+            refused.add_metric([self._model_name, reason], count)
+        yield from (requests, refused)
+        yield gauge("jaxstack:cache_entries", "Answers in the cache.", stats.entries)
+        yield gauge("jaxstack:cache_bytes", "Their size.", stats.size_bytes)
+        yield counter("jaxstack:cache_labels", "Comparisons of answers.", stats.labels)
+        yield counter("jaxstack:cache_saved_seconds", "Generation that was saved.", stats.saved_s)
+        yield gauge("jaxstack:cache_delta", "Wrong answers a request at most.", stats.delta)
+        yield gauge("jaxstack:cache_delta_effective", "Of it, what may be spent now.", stats.delta_eff)
+        yield gauge("jaxstack:cache_stopped", "1 while near requests are not answered.", float(bool(stats.stopped)))
+        yield gauge("jaxstack:cache_store_failed", "1 if nothing is written any more.", float(bool(stats.store)))
+        if not math.isnan(stats.error):
+            yield gauge("jaxstack:cache_error", "Wrong answers a request, estimated.", stats.error)
+            yield gauge("jaxstack:cache_error_bound", "What that cannot exceed.", stats.bound)
 
     def _fairness(self) -> Iterator[Metric]:
         """How even the service of clients is, and what each has had. A bound that does not exist is left out."""

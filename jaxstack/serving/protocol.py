@@ -51,6 +51,7 @@ _HINTS = {
 }
 # Fields without influence on the answer.
 _HARMLESS = {
+    "cache",
     "guided_decoding_backend",
     "metadata",
     "prompt_cache_key",

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from jaxstack.engine import Engine
 from jaxstack.serving.config import ServerConfig
 from jaxstack.serving.http_server import Background, HttpServer, listen, url_of
+from jaxstack.serving.semantic_cache import SemanticCache
 from jaxstack.serving.server import build_app
 
 
@@ -15,12 +16,14 @@ def serve(
     engine: Engine,
     config: ServerConfig | None = None,
     *,
+    cache: SemanticCache | None = None,
     listener: socket.socket | None = None,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
     """Serves until SIGTERM or Ctrl-C, then lets answers finish and closes the engine.
 
     Args:
+      cache: answers what it can; the caller closes it.
       listener: from `listen(config)`, if the address was taken earlier; closed at the end.
       on_ready: called with the URL once the engine is warm.
 
@@ -30,7 +33,7 @@ def serve(
     """
     config = config or ServerConfig()
     with contextlib.closing(listener or listen(config)) as address:
-        server = HttpServer(build_app(engine, config), config, address)
+        server = HttpServer(build_app(engine, config, cache), config, address)
         if on_ready is not None:
             url = url_of(address)
             server.on_ready = lambda: on_ready(url)
@@ -50,10 +53,11 @@ class BackgroundServer(Background):
 
     Args:
       config: the port is taken as it is; the default config takes a free one.
+      cache: answers what it can; the caller closes it.
     """
 
-    def __init__(self, engine: Engine, config: ServerConfig | None = None):
-        super().__init__(config or ServerConfig(port=0), functools.partial(build_app, engine))
+    def __init__(self, engine: Engine, config: ServerConfig | None = None, cache: SemanticCache | None = None):
+        super().__init__(config or ServerConfig(port=0), functools.partial(build_app, engine, cache=cache))
 
     def __enter__(self) -> "BackgroundServer":
         super().__enter__()

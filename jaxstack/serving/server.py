@@ -42,6 +42,8 @@ from jaxstack.serving.metrics import Metrics
 from jaxstack.serving.page import HEADERS, LivePage
 from jaxstack.serving.prompts import adapter_of, detokenize, tokenize
 from jaxstack.serving.protocol import LoadAdapterRequest, UnloadAdapterRequest, read_as
+from jaxstack.serving.semantic_cache import SemanticCache
+from jaxstack.serving.semantic_cache.middleware import CachedAnswers
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +58,10 @@ class Service:
       active: generating requests being answered.
     """
 
-    def __init__(self, engine: Engine, config: ServerConfig):
+    def __init__(self, engine: Engine, config: ServerConfig, cache: SemanticCache | None = None):
         self.engine, self.config = engine, config
-        self.metrics = Metrics(engine, config.model_name)
-        self.page = LivePage(engine, config)
+        self.metrics = Metrics(engine, config.model_name, cache)
+        self.page = LivePage(engine, config, cache)
         self.failure: BaseException | None = None
         self.draining = False
         self.active = 0
@@ -69,6 +71,7 @@ class Service:
         self._loaded: dict[str, tuple[int, str]] = {}
         self.endpoints = Endpoints(engine, config)
         self.reports = CacheReports(engine)
+        self.cached = None if cache is None else CachedAnswers(cache, self.endpoints, config)
 
     # ------------------------------------------------------------------------------------------------------ life cycle
 
@@ -133,6 +136,8 @@ class Service:
         # On no thread of the pool: it would keep prompts waiting.
         await asyncio.to_thread(self.engine.load_adapter, request.lora_name, request.lora_path)
         self._loaded[request.lora_name] = (int(time.time()), request.lora_path)
+        if self.cached is not None:  # of an adapter that went by this name before
+            await asyncio.to_thread(self.cached.cache.invalidate_model, request.lora_name)
         await exchange.answer_bytes(
             f"Success: LoRA adapter '{request.lora_name}' added successfully.".encode(), "text/plain; charset=utf-8"
         )
@@ -197,8 +202,11 @@ class Service:
             self.active -= 1
 
     async def _answer(self, exchange: Exchange, path: str, body: bytes, journal: Journal | None) -> None:
-        reply = await self.endpoints.prepare(path, body, caller_of(exchange, self.config), journal)
+        caller = caller_of(exchange, self.config)
+        reply = await self.endpoints.prepare(path, body, caller, journal)
         try:
+            if self.cached is not None and journal is None and await self.cached.say(exchange, reply, body, caller):
+                return
             if journal is not None and journaled(reply.job.sampling):
                 await self._say_journaled(exchange, reply)
             else:
@@ -292,13 +300,13 @@ def _read_resumption(body: bytes, engine: Engine, config: ServerConfig) -> tuple
     return path, encode_json(request), read_resumed(content.get("resumed"))
 
 
-def build_app(engine: Engine, config: ServerConfig | None = None) -> Starlette:
+def build_app(engine: Engine, config: ServerConfig | None = None, cache: SemanticCache | None = None) -> Starlette:
     """The ASGI application; `app.state.service` is its `Service`.
 
-    Its lifespan starts the engine, but does not close it.
+    Its lifespan starts the engine, but does not close it, nor the cache.
     """
     config = config or ServerConfig()
-    service = Service(engine, config)
+    service = Service(engine, config, cache)
 
     def route(path: str, method: str, handler: Handler, needs_key: bool = True) -> Route:
         return Route(path, Endpoint(handler, config, needs_key=needs_key), methods=[method])
@@ -320,4 +328,11 @@ def build_app(engine: Engine, config: ServerConfig | None = None) -> Starlette:
         route("/tokenize", "POST", service.tokenize),
         route("/detokenize", "POST", service.detokenize),
     ]
+    if service.cached is not None:
+        routes += [
+            route("/v1/cache/feedback", "POST", service.cached.feedback),
+            route("/v1/cache/invalidate", "POST", service.cached.invalidate),
+            route("/v1/cache/stats", "GET", service.cached.stats),
+            route("/v1/cache/entries/{number:int}", "GET", service.cached.entry),
+        ]
     return application(routes, config, service)

@@ -15,6 +15,7 @@ from jaxstack.engine import Engine, RequestTiming
 from jaxstack.engine.memory.swap import PageSpaces
 from jaxstack.serving.config import ServerConfig
 from jaxstack.serving.fairness import of_clients
+from jaxstack.serving.semantic_cache import SemanticCache
 
 __all__ = ["HEADERS", "LivePage"]
 
@@ -40,9 +41,9 @@ HEADERS = {
 class LivePage:
     """See the package's docstring."""
 
-    def __init__(self, engine: Engine, config: ServerConfig):
+    def __init__(self, engine: Engine, config: ServerConfig, cache: SemanticCache | None = None):
         self.html = resources.files(__package__).joinpath("page.html").read_bytes()
-        self._engine, self._config = engine, config
+        self._engine, self._config, self._cache = engine, config, cache
         self._recent: collections.deque[RequestTiming] = collections.deque(maxlen=_RECENT)
         engine.on_finish(self._recent.append)
 
@@ -83,6 +84,7 @@ class LivePage:
             "cells": self._cells(owners, stride),
             "swap": None if stats.swap is None else dataclasses.asdict(stats.swap),
             "fairness": self._fairness(),
+            "cache": None if self._cache is None else self._cache.stats().as_json(),
             "ttft_s": _percentiles(first),
             "tpot_s": _percentiles(between),
         }

@@ -256,6 +256,11 @@ class SemanticCache:
         self._account(lookup.request.owner).counts[lookup.kind] += 1
         return lookup
 
+    def pass_over(self, request: CacheRequest, reason: str) -> Lookup:
+        """Of a request that the cache has no part in."""
+        with self._lock:
+            return self._counted(Lookup(request, "bypass", reason))
+
     def count_coalesced(self, request: CacheRequest) -> Lookup:
         """Of a request that waits for another's answer."""
         with self._lock:
@@ -598,6 +603,18 @@ class SemanticCache:
                 self._remove(account, entry)
         self.flush()
         return len(gone)
+
+    def invalidate_model(self, model: str) -> int:
+        """Removes every tenant's entries of a model: another goes by that name now."""
+        with self._lock:
+            gone = 0
+            for account in self._accounts.values():
+                account.epoch += 1
+                for entry in [entry for entry in account.entries.values() if entry.model == model]:
+                    self._remove(account, entry)
+                    gone += 1
+        self.flush()
+        return gone
 
     def entry(self, tenant: str, entry_id: int) -> Entry | None:
         """A copy of one of the tenant's own entries."""

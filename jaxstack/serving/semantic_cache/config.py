@@ -37,6 +37,7 @@ class CacheConfig:
       k: candidates that "bayes" looks at.
       threshold: of the policies "static" and "gptcache".
       scope_fields: what must be equal before texts are compared at all. "tenant" cannot be left out.
+      revision: of the models behind; what another revision has answered is not used.
       embed_history: the turns before the last are not compared exactly, but embedded together with it.
       ttl_s: how long an answer is good for; None is for ever.
       max_entries, max_bytes: of all tenants together.
@@ -66,6 +67,7 @@ class CacheConfig:
     k: int = 4
     threshold: float = 0.8
     scope_fields: tuple[str, ...] = SCOPE_FIELDS
+    revision: str = ""
     embed_history: bool = False
     ttl_s: float | None = 86_400
     max_entries: int = 100_000

@@ -19,6 +19,8 @@ class Chunk:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     stop_reason: int | str | None = None
+    cached_tokens: int = 0
+    timed_out: bool = False
 
 
 Generate = Callable[[], AsyncIterator[Chunk]]

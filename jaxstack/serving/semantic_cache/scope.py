@@ -104,7 +104,7 @@ class CacheScope:
         }
         fields = {
             "tenant": owner,
-            "model": model,
+            "model": [model, self._config.revision],
             "system": system,
             "history": history,
             "tools": [body.get("tools"), body.get("tool_choice")],
