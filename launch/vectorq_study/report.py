@@ -89,7 +89,7 @@ def _rows(config: StudyConfig, parts: Parts, stream: str) -> dict[str, dict[str,
         best, threshold = best_static(hits, errors, delta)
         found[key] = {"best_static": {"hits": best, "threshold": threshold}}
         for name in (OURS, PAPER, *(OTHERS if delta == config.headline else ())):
-            runs = [part["runs"][name][key] for part in own]
+            runs = [part["runs"][name][key] for part in own if name in part["runs"]]
             row = {figure: float(np.mean([run[figure] for run in runs])) for figure in ("hits", "error", "labels")}
             error = np.array([run["error"] for run in runs])
             half = 1.96 * float(error.std(ddof=1)) / math.sqrt(len(error)) if len(error) > 1 else 0.0
@@ -160,12 +160,12 @@ def text(config: StudyConfig, summary: Mapping[str, Any]) -> str:
     lines += ["", f"at delta {config.headline:g}: over the best static threshold, over the frontier at equal error, "
               "errors saved at equal hits (ours; the paper's rule)"]  # fmt: skip
     for stream in summary["rows"]:
-        cells = [
+        gains = [
             f"{_number(summary[figure][stream])}; {_number(summary['paper_rule_' + figure][stream])}"
             for figure in ("hit_gain_best_static", "hit_gain_equal_error", "error_reduction_equal_hits")
         ]
-        lines.append(f"  {stream:<10}" + "".join(f"{cell:>20}" for cell in cells))
-    lines += ["", f"other rules at delta {config.headline:g}: hits / error"]
+        lines.append(f"  {stream:<10}" + "".join(f"{gain:>20}" for gain in gains))
+    lines += ["", f"other rules at delta {config.headline:g}, the first two seeds: hits / error"]
     lines.append("  " + f"{'stream':<10}" + "".join(f"{TITLES[name]:>21}" for name in OTHERS))
     for stream, by_delta in summary["rows"].items():
         row = by_delta[f"{config.headline:g}"]

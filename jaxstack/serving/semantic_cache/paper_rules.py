@@ -47,25 +47,28 @@ class Fit(NamedTuple):
 def fit_logistic(similarity: Float[np.ndarray, "n"], correct: Float[np.ndarray, "n"]) -> Fit:
     """The maximum-likelihood curve, t and gamma rounded to three decimals, t in [0, 1]. Needs both labels."""
     s, c = np.asarray(similarity, dtype=np.float64), np.asarray(correct, dtype=np.float64)
-    x = np.stack([np.ones_like(s), s], axis=1)
-    b = np.zeros(2)
+    intercept, slope = 0.0, 0.0
     for _ in range(_STEPS):
-        p = expit(x @ b)
-        gradient = x.T @ (c - p) - _RIDGE * b
-        hessian = (x * (p * (1 - p))[:, None]).T @ x + _RIDGE * np.eye(2)
-        step = np.linalg.solve(hessian, gradient)
-        longest = np.abs(step).max()
-        b = b + step * min(1.0, _LONGEST_STEP / longest) if longest > 0 else b
+        p = expit(intercept + slope * s)
+        missing, weight = c - p, p * (1 - p)
+        weighted = weight * s
+        # Newton's step: the 2x2 system by hand, since this runs after every label.
+        g0, g1 = float(missing.sum()) - _RIDGE * intercept, float(missing @ s) - _RIDGE * slope
+        h00, h01, h11 = float(weight.sum()) + _RIDGE, float(weighted.sum()), float(weighted @ s) + _RIDGE
+        determinant = h00 * h11 - h01 * h01
+        step0, step1 = (h11 * g0 - h01 * g1) / determinant, (h00 * g1 - h01 * g0) / determinant
+        longest = max(abs(step0), abs(step1))
+        scale = min(1.0, _LONGEST_STEP / longest) if longest > 0 else 0.0
+        intercept, slope = intercept + scale * step0, slope + scale * step1
         if longest < _TOLERANCE:
             break
-    slope = max(float(b[1]), 1e-6)
-    t = round(float(np.clip(-b[0] / slope, 0.0, 1.0)), 3)
+    slope = max(slope, 1e-6)
+    t = round(min(max(-intercept / slope, 0.0), 1.0), 3)
     gamma = max(round(slope, 3), 1e-6)
-    return Fit(t, gamma, _threshold_variance(x, s, c, b[0], slope))
+    return Fit(t, gamma, _threshold_variance(s, c, intercept, slope))
 
 
 def _threshold_variance(
-    x: Float[np.ndarray, "n 2"],
     s: Float[np.ndarray, "n"],
     c: Float[np.ndarray, "n"],
     intercept: float,
@@ -75,6 +78,7 @@ def _threshold_variance(
     if right.min() > wrong.max():
         return float(np.interp(len(s), _SEPARATED_AT, _SEPARATED_VARIANCE))
     p = expit(intercept + slope * s)
+    x = np.stack([np.ones_like(s), s], axis=1)
     information = (x * (p * (1 - p))[:, None]).T @ x + 1e-12 * np.eye(2)
     g = np.array([-1 / slope, intercept / slope**2])
     return max(0.0, float(g @ np.linalg.solve(information, g)))
