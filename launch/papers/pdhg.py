@@ -118,16 +118,17 @@ class _Study:
         *,
         budget_s: float | None = None,
         to_the_end: bool = False,
+        prefix: str = "",
     ) -> dict[str, Any]:
         """Runs by name, methods in turn for each seed, so that a busy machine hits all alike. Those to the end of the
-        budget have settings of their own, not those that were tuned for time.
+        budget have settings of their own, not those that were tuned for time; runs with another budget, another prefix.
         """
         budget_s = _BUDGET_S.value if budget_s is None else budget_s
         found = {}
         for case in cases:
             for seed in range(seeds):
                 for entrant in entrants_of(case):
-                    name = f"{'floor-' if to_the_end else ''}{case.name}-{entrant.label}-{seed}"
+                    name = f"{prefix}{case.name}-{entrant.label}-{seed}"
                     found[name] = lambda c=case, e=entrant, s=seed: time_to_error(
                         c,
                         e if to_the_end else self.tuned.apply(c, e),
@@ -179,8 +180,14 @@ def _low(study: _Study) -> dict[str, Any]:
     return study.compared(entrants.LOW, methods, 1, budget_s=_BUDGET_S.value / 2)
 
 
-def _everyone(case: Case) -> list[Entrant]:
-    return [*entrants.main(case), *entrants.rivals(case)]
+def _stability(study: _Study) -> dict[str, Any]:
+    """Whether methods arrive at all: every problem, the rivals where their settings are tuned."""
+
+    def methods(case: Case) -> list[Entrant]:
+        return [*entrants.main(case), *(entrants.rivals(case) if case == entrants.POISSON[0] else ())]
+
+    cases, seeds = (*entrants.POISSON, *entrants.VARIABLE[:2]), _STABILITY_SEEDS.value
+    return study.compared(cases, methods, seeds, budget_s=_BUDGET_S.value / 2, prefix="stability-")
 
 
 def _evolution(study: _Study) -> dict[str, Any]:
@@ -219,12 +226,12 @@ SECTIONS: Mapping[str, Callable[[_Study], dict[str, Any]]] = {
     "variable": lambda study: study.compared(entrants.VARIABLE[:2], entrants.main, 1),
     "low": _low,
     "rivals": lambda study: study.compared(entrants.POISSON[:1], entrants.rivals, 1, budget_s=_BUDGET_S.value / 2),
-    "floor": lambda study: study.compared(entrants.FLOOR, entrants.floor, 1, budget_s=_FLOOR_S.value, to_the_end=True),
+    "floor": lambda study: study.compared(
+        entrants.FLOOR, entrants.floor, 1, budget_s=_FLOOR_S.value, to_the_end=True, prefix="floor-"
+    ),
     "evolution": _evolution,
     "transport": _transport,
-    "stability": lambda study: study.compared(
-        entrants.POISSON[:1], _everyone, _STABILITY_SEEDS.value, budget_s=_BUDGET_S.value / 2
-    ),
+    "stability": _stability,
 }
 
 
@@ -232,17 +239,10 @@ def summarise(study: _Study) -> dict[str, Any]:
     """The figures of what is done."""
     get = study.parts.get
     allen, maps = (get(f"allen-cahn-{d}") for d in (1, 2)), (get("transport-1"), get("transport-5"))
-    # Many seeds, where they were run, are more runs of the same.
-    many = {(r["case"], r["label"], r["seed"]): r for r in study.runs("stability")}
-    others = {(r["case"], r["label"], r["seed"]): r for r in study.runs("rivals")} | {
-        k: r for k, r in many.items() if not r["label"].startswith(("npdg", "pinn_adam"))
-    }
-    found = report.figures(
-        study.runs("poisson"), study.runs("variable"), list(others.values()), study.runs("low"), study.runs("floor")
-    )
+    found = report.figures(*map(study.runs, ("poisson", "variable", "rivals", "low", "floor")))
     rate = get("rate")
     summary = found | {
-        "stability": report.spread(list(many.values())),
+        "stability": report.spread(study.runs("stability")),
         "convergence_factor_measured": rate and rate["measured"],
         "convergence_factor_closed_form": convergence_factor(0.05, 0.095),
         "allen_cahn_rms": [a and a["rms"]["implicit_euler"] for a in allen],

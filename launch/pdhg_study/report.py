@@ -60,13 +60,13 @@ def best_methods(runs: Sequence[Run]) -> dict[str, str]:
     return best
 
 
-def spread(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
-    """label -> how many seeds, the share that arrived, and the best errors' median and worst."""
-    found = {}
-    for label in dict.fromkeys(r["label"] for r in runs):
-        mine = [r for r in runs if r["label"] == label]
+def spread(runs: Sequence[Run]) -> dict[str, dict[str, dict[str, Any]]]:
+    """case -> label -> how many seeds, the share that arrived, and the best errors' median and worst."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for case, label in dict.fromkeys((r["case"], r["label"]) for r in runs):
+        mine = [r for r in runs if (r["case"], r["label"]) == (case, label)]
         best = [math.inf if r["best_c_l2"] is None else r["best_c_l2"] for r in mine]
-        found[label] = {
+        found.setdefault(case, {})[label] = {
             "seeds": len(mine),
             "arrived": sum(not r["censored"] for r in mine) / len(mine),
             "seconds_median": statistics.median(r["seconds"] for r in mine),
@@ -105,10 +105,10 @@ def text(summary: Mapping[str, Any]) -> str:
         lines += ["\n| share of seeds that arrived | " + " | ".join(cases) + " |", "|---" * (len(cases) + 1) + "|"]
         for label, row in rates.items():
             lines.append(f"| {label} | " + " | ".join("" if c not in row else f"{row[c]:.2f}" for c in cases) + " |")
-    if summary["stability"]:
-        seeds = max(row["seeds"] for row in summary["stability"].values())
-        lines += [f"\n| poisson-10, {seeds} seeds | arrived | median s | worst error |", "|---|---|---|---|"]
-        for label, row in summary["stability"].items():
+    for case, of_case in summary["stability"].items():
+        seeds = max(row["seeds"] for row in of_case.values())
+        lines += [f"\n| {case}, {seeds} seeds | arrived | median s | worst error |", "|---|---|---|---|"]
+        for label, row in of_case.items():
             lines.append(
                 f"| {label} | {row['arrived']:.2f} | {row['seconds_median']:.2g} | {row['best_c_l2_worst']:.2g} |"
             )

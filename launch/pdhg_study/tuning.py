@@ -1,6 +1,6 @@
 """Settings by trial: every method has the same number of them, on a seed that no comparison uses.
 
-`tuned.json` is what the trials found on two cores (`--sections=tuning` makes it anew, in the working folder, and the
+`tuned.json` is what the trials found on one core (`--sections=tuning` makes it anew, in the working folder, and the
 comparisons then take that one). A trial is judged by the seconds to the target, and by the error where it was not
 reached.
 """

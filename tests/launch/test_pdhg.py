@@ -130,7 +130,7 @@ class TestReport:
         assert found["best_method_by_dim"]["poisson-10"] == "wan"
         assert found["final_c_l2_by_method"]["poisson-20"] == {"npdg and polish": 0.02, "pinn_adam, cosine": 0.05}
         assert found["goals_met"] == {"time_ratio_vs_adam_pinn_median": True, "final_c_l2 poisson-20": False}
-        assert found["stability"]["wan"] == {
+        assert found["stability"]["poisson-10"]["wan"] == {
             "seeds": 4, "arrived": 0.25, "seconds_median": 1.0, "best_c_l2_median": 0.25, "best_c_l2_worst": 0.4,
         }  # fmt: skip
         assert json.loads(json.dumps(found)) == found
