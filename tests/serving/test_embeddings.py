@@ -11,8 +11,10 @@ import pytest
 
 from jaxstack.engine import Engine
 from jaxstack.models.tokenizer import byte_tokenizer
+from jaxstack.runtime.errors import UserError
 from jaxstack.serving import BackgroundServer, ServerConfig
 from jaxstack.serving.batch_file import answer_file
+from jaxstack.serving.semantic_cache.embedders import RemoteEmbedder
 
 TEXTS = ["hello", "a longer text, é", "x" * 200]  # the last takes several steps of 64 tokens
 
@@ -101,3 +103,18 @@ def test_what_is_refused(
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["param"]) == (status, code, param), error
     assert message in error["message"] and error["type"] == "invalid_request_error"
+
+
+def test_the_cache_s_embedder_of_endpoints(server, client):
+    expected = client.embeddings.create(model="tiny", input=["one", "a second text"], encoding_format="float")
+    with RemoteEmbedder(server.base_url, "tiny", batch=2) as embedder:
+        assert embedder.dim == len(expected.data[0].embedding) and embedder.id.endswith(f":tiny:{embedder.dim}")
+        rows = embedder.embed(["one", "a second text", "one", "", "one"])
+        np.testing.assert_allclose(rows[:2], [item.embedding for item in expected.data], atol=1e-6)
+        np.testing.assert_array_equal(rows[0], rows[4])
+        np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
+        assert embedder.embed([]).shape == (0, embedder.dim)
+    with RemoteEmbedder(server.base_url, "tiny", dimensions=5) as embedder:
+        assert embedder.dim == 5
+    with pytest.raises(UserError, match=r"embeddings of 'other' at .*404"):
+        RemoteEmbedder(server.base_url, "other")
