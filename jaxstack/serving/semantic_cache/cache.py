@@ -20,18 +20,18 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxstack.runtime.errors import UserError
-from jaxstack.serving.semantic_cache.account import Account, CacheStats, together
+from jaxstack.serving.semantic_cache.account import Account
 from jaxstack.serving.semantic_cache.answers import Answered, Answers, OneAtATime
 from jaxstack.serving.semantic_cache.config import CacheConfig
 from jaxstack.serving.semantic_cache.embedders import Embedder
 from jaxstack.serving.semantic_cache.entry import CachedResponse, Entry
 from jaxstack.serving.semantic_cache.flight import Generate
+from jaxstack.serving.semantic_cache.holdings import Holdings
 from jaxstack.serving.semantic_cache.index import usable
 from jaxstack.serving.semantic_cache.judge import Judge, NormalisedText
 from jaxstack.serving.semantic_cache.lookup import Lookup
 from jaxstack.serving.semantic_cache.policy import NO_ENTRY
 from jaxstack.serving.semantic_cache.scope import CacheRequest, CacheScope
-from jaxstack.serving.semantic_cache.store import CacheStore, StoredLabel
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +41,9 @@ _REPORTS = 2
 _REMEMBERED = 10_000
 _EMBED_THREADS = 2
 _REEMBED = 32
-# How often what policies have learned is written.
-_STATE_S = 1.0
 
 
-class SemanticCache:
+class SemanticCache(Holdings):
     """Answers from earlier answers, with an error rate of at most delta.
 
         cache = SemanticCache(HashedNgramEmbedder(), CacheConfig(delta=0.02, path="answers.sqlite"))
@@ -64,16 +62,9 @@ class SemanticCache:
     """
 
     def __init__(self, embedder: Embedder, config: CacheConfig | None = None, judge: Judge | None = None):
-        self.config = config or CacheConfig()
-        self.scope = CacheScope(self.config)
-        self.embedder = embedder
-        self._embedder_id, self._dim = embedder.id, embedder.dim
+        config = config or CacheConfig()
+        self.scope = CacheScope(config)
         self._judge: Judge = judge or NormalisedText()
-        self._lock = threading.RLock()
-        self._accounts: dict[str, Account] = {}
-        self._changed: set[str] = set()
-        self._written_s = 0.0
-        self._next_id = 1
         self._numbers = itertools.count(1)
         self._given: OrderedDict[tuple[str, str], Lookup] = OrderedDict()
         self._embedding = ThreadPoolExecutor(_EMBED_THREADS, thread_name_prefix="cache-embed")
@@ -81,18 +72,9 @@ class SemanticCache:
         self._labeller = threading.Thread(target=self._label_loop, name="cache-labels", daemon=True)
         self._answers: Answers | None = None
         self._asking = OneAtATime()
-        self._closed = False
-        self._store: CacheStore | None = None
-        try:
-            if self.config.path is not None:
-                self._store = CacheStore(self.config.path, self._states)
-                self._load(self._store)
-                self._store.begin()
-        except BaseException:
-            self._embedding.shutdown(wait=False)
-            if self._store is not None:
-                self._store.close()
-            raise
+        super().__init__(embedder, config)
+        for first in range(0, len(self.strangers), _REEMBED):
+            self._labels.put(("reembed", self.strangers[first : first + _REEMBED]))
         self._labeller.start()
 
     def __enter__(self) -> "SemanticCache":
@@ -101,7 +83,7 @@ class SemanticCache:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # --------------------------------------------------------------------------------------------------------- looking
+    # ---------------------------------------------------------------------------------------------------------- looking
 
     def lookup(self, requests: Sequence[CacheRequest], now_s: float | None = None) -> list[Lookup]:
         """What the cache says to each request: first the exact tier, then near entries of the request's own scope.
@@ -277,7 +259,7 @@ class SemanticCache:
             raise UserError(f"embedder: found {vectors.shape}, expected {(len(texts), self._dim)}")
         return vectors
 
-    # ------------------------------------------------------------------------------------------------------- answering
+    # -------------------------------------------------------------------------------------------------------- answering
 
     def complete(self, lookup: Lookup, response: CachedResponse, now_s: float | None = None) -> None:
         """What the model answered where the cache did not. Returns at once; labels follow in the background."""
@@ -331,71 +313,6 @@ class SemanticCache:
             account.refused[reason] += 1
         return reason
 
-    def _insert(
-        self,
-        account: Account,
-        lookup: Lookup,
-        response: CachedResponse,
-        vector: Float[np.ndarray, "dim"] | None,
-        now: float,
-    ) -> Entry | None:
-        """Puts an answer in; without a vector it answers only its own request again."""
-        request = lookup.request
-        old = account.exact.get((request.scope, request.exact))
-        if old is not None:
-            self._remove(account, account.entries[old])
-        limits = [ttl for ttl in (self.config.ttl_s, request.ttl_s) if ttl is not None]
-        size = len(response.text.encode()) + len(request.text.encode()) + (0 if vector is None else 4 * self._dim)
-        if size > self.config.max_bytes:
-            account.refused["too large"] += 1
-            return None
-        entry = Entry(
-            self._next_id,
-            account.owner,
-            request.scope,
-            request.exact,
-            request.model,
-            request.text,
-            response,
-            vector is not None,
-            now,
-            now + min(limits) if limits else None,
-            now,
-            size_bytes=size,
-        )
-        self._next_id += 1
-        account.add(entry)
-        if vector is not None:
-            account.index(request.scope).add([entry.id], vector[None])
-        if self._store is not None:
-            self._store.put(entry, vector, self._embedder_id)
-        self._make_room(account, keep=entry.id)
-        return entry
-
-    def _make_room(self, account: Account, keep: int) -> None:
-        while len(account.entries) > account.quota:
-            self._evict(account, keep)
-        # Who has most gives way, so nobody can push another out.
-        while sum(len(a.entries) for a in self._accounts.values()) > self.config.max_entries:
-            self._evict(max(self._accounts.values(), key=lambda a: len(a.entries)), keep)
-        while sum(a.size_bytes for a in self._accounts.values()) > self.config.max_bytes:
-            self._evict(max(self._accounts.values(), key=lambda a: a.size_bytes), keep)
-
-    def _evict(self, account: Account, keep: int) -> None:
-        victim = account.evictor.victim()
-        if victim == keep and len(account.entries) > 1:
-            account.evictor.remove(keep)
-            victim = account.evictor.victim()
-            account.touch(account.entries[keep])
-        assert victim is not None
-        self._remove(account, account.entries[victim])
-        account.refused["evicted"] += 1
-
-    def _remove(self, account: Account, entry: Entry) -> None:
-        account.remove(entry)
-        if self._store is not None:
-            self._store.delete(entry.id)
-
     async def answer(self, request: CacheRequest, generate: Generate) -> Answered:
         """The answer to a request, from the cache or from `generate`; equal requests at once share one call of it.
 
@@ -426,7 +343,7 @@ class SemanticCache:
             self.complete(lookup, CachedResponse(text, generation_s=time.monotonic() - began))
             return text
 
-    # ---------------------------------------------------------------------------------------------------------- labels
+    # ----------------------------------------------------------------------------------------------------------- labels
 
     def _give_up(self, account: Account, now: float) -> None:
         """Labels that have not come in time never will."""
@@ -505,12 +422,10 @@ class SemanticCache:
                 account.shadow_checked += 1
                 account.shadow_wrong += not correct
 
-    def _keep_label(self, entry: Entry, similarity: float, correct: bool, tau: float, source: str) -> None:
-        if self._store is not None:
-            label = StoredLabel(entry.id, similarity, correct)
-            self._store.label(label, tau, source, self._embedder_id, time.time())
+    def _do_reembed(self, entries: list[tuple[Account, int]]) -> None:
+        self.reembed(entries)
 
-    # ------------------------------------------------------------------------------------------------------ complaints
+    # ------------------------------------------------------------------------------------------------------- complaints
 
     def remember(self, response_id: str, lookup: Lookup) -> None:
         """Under which name an answer was given, for `feedback`."""
@@ -616,96 +531,21 @@ class SemanticCache:
         self.flush()
         return gone
 
-    def entry(self, tenant: str, entry_id: int) -> Entry | None:
-        """A copy of one of the tenant's own entries."""
-        with self._lock:
-            found = self._account(self.config.owner(tenant)).entries.get(entry_id)
-            return None if found is None else dataclasses.replace(found)
-
-    def stats(self, tenant: str | None = None) -> CacheStats:
-        """Of one tenant; of all with None."""
-        store = None if self._store is None else self._store.failed
-        with self._lock:
-            if tenant is not None:
-                return self._account(self.config.owner(tenant)).stats(store)
-            return together([a.stats(store) for a in self._accounts.values()], self.config.delta, store)
-
-    # ------------------------------------------------------------------------------------------------------ durability
+    # ---------------------------------------------------------------------------------------------------------- the end
 
     def flush(self) -> bool:
         """Waits until all that was completed has been compared, learned and written. Returns whether it is on file."""
         if threading.current_thread() is not self._labeller:
             self._labels.join()
-        return self._store is not None and self._store.flush()
+        return super().flush()
 
     def close(self) -> None:
         """Writes what is left. Lookups after this are a mistake."""
         if self._closed:
             return
-        self._closed = True
         self._labels.put(None)
         self._labeller.join()
-        self._written_s = 0.0
-        if self._store is not None:
-            self._store.close()
+        super().close()
         self._embedding.shutdown(wait=False, cancel_futures=True)
         if self._answers is not None:
             self._answers.close()
-
-    def _account(self, owner: str) -> Account:
-        found = self._accounts.get(owner)
-        if found is None:
-            found = self._accounts[owner] = Account(owner, self.config, self._dim)
-        return found
-
-    def _states(self) -> list[tuple[str, str, str, str]]:
-        """What the store's next commit takes along: the state of accounts that have learned something."""
-        now = time.monotonic()
-        if now - self._written_s < _STATE_S and not self._closed:
-            return []
-        with self._lock:
-            self._written_s = now
-            changed, self._changed = self._changed, set()
-            return [(o, self._embedder_id, self.config.policy, self._accounts[o].state()) for o in sorted(changed)]
-
-    def _load(self, store: CacheStore) -> None:
-        now = time.time()
-        other: list[tuple[Account, int]] = []
-        rows: dict[tuple[str, bytes], list[tuple[int, Float[np.ndarray, dim]]]] = {}
-        for entry, vector in store.entries(self._embedder_id):
-            account = self._account(entry.owner)
-            if not entry.good_at(now):
-                continue
-            account.add(entry)
-            if entry.semantic and vector is not None and vector.shape == (self._dim,):
-                rows.setdefault((entry.owner, entry.scope), []).append((entry.id, vector))
-            elif entry.semantic:
-                other.append((account, entry.id))
-        for (owner, scope), found in rows.items():
-            ids, vectors = zip(*found)
-            self._accounts[owner].index(scope).add(ids, np.stack(vectors))
-        of = {entry: account for account in self._accounts.values() for entry in account.entries}
-        for label in store.labels(self._embedder_id):
-            account = of.get(label.entry)  # type: ignore[assignment]
-            if account is not None:
-                account.policy.label(label.entry, label.similarity, label.correct, 1.0, controls=False)
-                account.labels += 1
-        for owner, state in store.owner_states(self._embedder_id, self.config.policy).items():
-            self._account(owner).restore(state)
-        self._next_id = store.next_id()
-        for first in range(0, len(other), _REEMBED):
-            self._labels.put(("reembed", other[first : first + _REEMBED]))
-
-    def _do_reembed(self, entries: list[tuple[Account, int]]) -> None:
-        """Entries of another embedder: until now they only answered their own requests again."""
-        with self._lock:
-            there = [(account, account.entries[e]) for account, e in entries if e in account.entries]
-        if not there:
-            return
-        vectors = np.asarray(self.embedder.embed([entry.prompt for _, entry in there]), dtype=np.float32)
-        with self._lock:
-            for (account, entry), vector, fit in zip(there, vectors, usable(vectors)):
-                if fit and entry.id in account.entries:
-                    account.index(entry.scope).add([entry.id], vector[None])
-                    if self._store is not None:
-                        self._store.put(entry, vector, self._embedder_id)

@@ -359,6 +359,25 @@ def test_labels_that_do_not_come_stop_it():
     assert budget.stopped is None
 
 
+def test_errors_stop_it_until_they_have_been_paid_for():
+    policy = BayesThreshold(0.02)
+    teach(policy, 1, [(0.9, True)] * 200)
+    assert one(policy, 1, 0.95, u=0.9)[1]
+    policy.budget.pending += 3
+    for _ in range(3):
+        policy.label(1, 0.95, False, 0.05)
+    assert policy.stopped == "budget"
+    needed = 0
+    while policy.stopped:
+        tau, hit, _ = one(policy, 1, 0.95, u=0.9)
+        assert (tau, hit) == (1.0, False)
+        policy.label(1, 0.95, True, tau)
+        needed += 1
+    estimate = policy.budget.estimate()
+    assert estimate.error <= policy.budget.bound
+    assert needed == pytest.approx((3 * (0.95 / 0.05 / 0.02 - 1) * 0.002 - math.log(50)) / 0.002, abs=2)
+
+
 # ------------------------------------------------------------------------------------------------ streams that hurt
 
 

@@ -20,9 +20,8 @@ def vectors(count, dim, seed=0, clusters=None):
 
 
 def nearest(rows, query, k):
-    """Ids and cosines by brute force in float64; of equals the lower id."""
-    order = sorted(rows, key=lambda e: (-float(rows[e].astype(np.float64) @ query), e))[:k]
-    return order + [NO_ENTRY] * (k - len(order))
+    """Ids by brute force in float64."""
+    return sorted(rows, key=lambda e: -float(rows[e].astype(np.float64) @ query))[:k]
 
 
 @settings(max_examples=40, deadline=None)
@@ -44,9 +43,12 @@ def test_it_finds_what_looking_at_every_row_finds(steps, graph_from):
         queries = vectors(2, 6, draw + 1)
         ids, near = index.search(queries, 4)
         for query, found, cosine in zip(queries, ids, near):
-            assert found.tolist() == nearest(rows, query, 4)
-            for entry, value in zip(found.tolist(), cosine):
-                assert entry == NO_ENTRY or np.isclose(value, rows[entry] @ query, atol=1e-6)
+            true = nearest(rows, query, 4)
+            # Of rows that are equally near, any may be found.
+            live = [entry for entry in found.tolist() if entry != NO_ENTRY]
+            assert len(set(live)) == len(live) == min(4, len(rows))
+            assert np.allclose(cosine[: len(live)], [rows[entry] @ query for entry in live], atol=1e-6)
+            assert np.allclose(cosine[: len(live)], [rows[entry] @ query for entry in true], atol=1e-6)
         assert len(index) == len(rows)
 
 

@@ -90,6 +90,47 @@ def test_the_cache_learns_whether_near_requests_have_the_same_answer():
         assert after.bound >= after.error
 
 
+class Many(Angles):
+    """ "NUMBER ANYTHING": forty directions; what comes behind moves nothing."""
+
+    dim = 40
+
+    def embed(self, texts):
+        return np.eye(40, dtype=np.float32)[[int(text.split()[0]) for text in texts]]
+
+
+def test_when_all_answers_change_it_answers_less_and_says_so():
+    """Right for long, then every answer is another: hits cease, the reason is told, and the bound holds throughout."""
+    config = CacheConfig(delta=0.02, seed=1, lookup_timeout_ms=30_000)
+    with SemanticCache(Many(), config) as cache:
+        allowed, wrong = [], 0
+        for n in range(1200):
+            lookup = ask(cache, f"{n % 40} {n}", answer=f"old {n % 40}" if n < 800 else f"new {n}")
+            cache.flush()
+            wrong += lookup.kind == "hit" and n >= 800
+            stats = cache.stats("")
+            allowed.append(stats.delta_eff)
+            assert (stats.delta_eff == 0) == (stats.stopped is not None)
+            assert n >= 800 or stats.stopped is None
+        assert allowed[799] == 0.02
+        assert min(allowed) < 0.5 * 0.02
+        assert stats.requests["hit"] > 400
+        assert wrong / 1200 <= stats.bound
+        assert wrong <= 100  # of 400: what it took to notice
+
+
+def test_one_hot_vector_with_answers_by_chance_stays_within_delta():
+    """All texts have one vector; no similarity tells which of two answers is right."""
+    with cache_of(policy="bayes", delta=0.05, seed=2) as cache:
+        rng, wrong = np.random.default_rng(0), 0
+        for n in range(1500):
+            right = "yes" if rng.random() < 0.8 else "no"
+            lookup = ask(cache, f"a 0 {n}", answer=right)
+            cache.flush()
+            wrong += said(lookup) not in (None, right)
+        assert wrong / 1500 <= 0.05 + 3 * (0.05 / 1500) ** 0.5
+
+
 def test_an_exact_repeat_is_never_a_label():
     with cache_of(policy="bayes", delta=0.1) as cache:
         ask(cache, "a")

@@ -1,0 +1,209 @@
+"""What a cache holds, in memory and on file: accounts with their entries, put in, removed, evicted, and read back."""
+
+import dataclasses
+import logging
+import threading
+import time
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxstack.serving.semantic_cache.account import Account, CacheStats, together
+from jaxstack.serving.semantic_cache.config import CacheConfig
+from jaxstack.serving.semantic_cache.embedders import Embedder
+from jaxstack.serving.semantic_cache.entry import CachedResponse, Entry
+from jaxstack.serving.semantic_cache.index import usable
+from jaxstack.serving.semantic_cache.lookup import Lookup
+from jaxstack.serving.semantic_cache.store import CacheStore, StoredLabel
+
+log = logging.getLogger(__name__)
+
+# How often what policies have learned is written.
+_STATE_S = 1.0
+
+
+class Holdings:
+    """The accounts of a cache, under one lock, and their file.
+
+    Attributes:
+      strangers: entries of another embedder that were found on file, with their accounts; see `reembed`.
+
+    Raises:
+      UserError: the file cannot be had.
+    """
+
+    def __init__(self, embedder: Embedder, config: CacheConfig):
+        self.config, self.embedder = config, embedder
+        self._embedder_id, self._dim = embedder.id, embedder.dim
+        self._lock = threading.RLock()
+        self._accounts: dict[str, Account] = {}
+        self._changed: set[str] = set()
+        self._written_s = 0.0
+        self._next_id = 1
+        self._closed = False
+        self._store: CacheStore | None = None
+        self.strangers: list[tuple[Account, int]] = []
+        if config.path is not None:
+            self._store = CacheStore(config.path, self._states)
+            try:
+                self._load(self._store)
+            except BaseException:
+                self._store.close()
+                raise
+            self._store.begin()
+
+    def flush(self) -> bool:
+        """Waits until all that was put is on file. Returns whether it is."""
+        return self._store is not None and self._store.flush()
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self._closed = True
+        if self._store is not None:
+            self._store.close()
+
+    def entry(self, tenant: str, entry_id: int) -> Entry | None:
+        """A copy of one of the tenant's own entries."""
+        with self._lock:
+            found = self._account(self.config.owner(tenant)).entries.get(entry_id)
+            return None if found is None else dataclasses.replace(found)
+
+    def stats(self, tenant: str | None = None) -> CacheStats:
+        """Of one tenant; of all with None."""
+        store = None if self._store is None else self._store.failed
+        with self._lock:
+            if tenant is not None:
+                return self._account(self.config.owner(tenant)).stats(store)
+            return together([a.stats(store) for a in self._accounts.values()], self.config.delta, store)
+
+    def _insert(
+        self,
+        account: Account,
+        lookup: Lookup,
+        response: CachedResponse,
+        vector: Float[np.ndarray, "dim"] | None,
+        now: float,
+    ) -> Entry | None:
+        """Puts an answer in; without a vector it answers only its own request again."""
+        request = lookup.request
+        old = account.exact.get((request.scope, request.exact))
+        if old is not None:
+            self._remove(account, account.entries[old])
+        limits = [ttl for ttl in (self.config.ttl_s, request.ttl_s) if ttl is not None]
+        size = len(response.text.encode()) + len(request.text.encode()) + (0 if vector is None else 4 * self._dim)
+        if size > self.config.max_bytes:
+            account.refused["too large"] += 1
+            return None
+        entry = Entry(
+            self._next_id,
+            account.owner,
+            request.scope,
+            request.exact,
+            request.model,
+            request.text,
+            response,
+            vector is not None,
+            now,
+            now + min(limits) if limits else None,
+            now,
+            size_bytes=size,
+        )
+        self._next_id += 1
+        account.add(entry)
+        if vector is not None:
+            account.index(request.scope).add([entry.id], vector[None])
+        if self._store is not None:
+            self._store.put(entry, vector, self._embedder_id)
+        self._make_room(account, keep=entry.id)
+        return entry
+
+    def _make_room(self, account: Account, keep: int) -> None:
+        while len(account.entries) > account.quota:
+            self._evict(account, keep)
+        # Who has most gives way, so nobody can push another out.
+        while sum(len(a.entries) for a in self._accounts.values()) > self.config.max_entries:
+            self._evict(max(self._accounts.values(), key=lambda a: len(a.entries)), keep)
+        while sum(a.size_bytes for a in self._accounts.values()) > self.config.max_bytes:
+            self._evict(max(self._accounts.values(), key=lambda a: a.size_bytes), keep)
+
+    def _evict(self, account: Account, keep: int) -> None:
+        victim = account.evictor.victim()
+        if victim == keep and len(account.entries) > 1:
+            account.evictor.remove(keep)
+            victim = account.evictor.victim()
+            account.touch(account.entries[keep])
+        assert victim is not None
+        self._remove(account, account.entries[victim])
+        account.refused["evicted"] += 1
+
+    def _remove(self, account: Account, entry: Entry) -> None:
+        account.remove(entry)
+        if self._store is not None:
+            self._store.delete(entry.id)
+
+    def _keep_label(self, entry: Entry, similarity: float, correct: bool, tau: float, source: str) -> None:
+        if self._store is not None:
+            label = StoredLabel(entry.id, similarity, correct)
+            self._store.label(label, tau, source, self._embedder_id, time.time())
+
+    def _account(self, owner: str) -> Account:
+        found = self._accounts.get(owner)
+        if found is None:
+            found = self._accounts[owner] = Account(owner, self.config, self._dim)
+        return found
+
+    def _states(self) -> list[tuple[str, str, str, str]]:
+        """What the store's next commit takes along: the state of accounts that have learned something."""
+        now = time.monotonic()
+        if now - self._written_s < _STATE_S and not self._closed:
+            return []
+        with self._lock:
+            self._written_s = now
+            changed, self._changed = self._changed, set()
+            return [(o, self._embedder_id, self.config.policy, self._accounts[o].state()) for o in sorted(changed)]
+
+    def _load(self, store: CacheStore) -> None:
+        now = time.time()
+        rows: dict[tuple[str, bytes], list[tuple[int, Float[np.ndarray, dim]]]] = {}
+        for entry, vector in store.entries(self._embedder_id):
+            account = self._account(entry.owner)
+            if not entry.good_at(now):
+                store.delete(entry.id)
+                continue
+            account.add(entry)
+            if entry.semantic and vector is not None and vector.shape == (self._dim,):
+                rows.setdefault((entry.owner, entry.scope), []).append((entry.id, vector))
+            elif entry.semantic:
+                self.strangers.append((account, entry.id))
+        for (owner, scope), found in rows.items():
+            ids, vectors = zip(*found)
+            self._accounts[owner].index(scope).add(ids, np.stack(vectors))
+        of = {entry: account for account in self._accounts.values() for entry in account.entries}
+        for label in store.labels(self._embedder_id):
+            account = of.get(label.entry)  # type: ignore[assignment]
+            if account is not None:
+                account.policy.label(label.entry, label.similarity, label.correct, 1.0, controls=False)
+                account.labels += 1
+        states = store.owner_states(self._embedder_id, self.config.policy)
+        for owner, account in self._accounts.items():
+            if owner not in states and account.policy.due:
+                account.policy.refresh()
+        for owner, state in states.items():
+            self._account(owner).restore(state)
+        self._next_id = store.next_id()
+        for account in list(self._accounts.values()):
+            self._make_room(account, keep=max(account.entries, default=0))
+
+    def reembed(self, entries: list[tuple[Account, int]]) -> None:
+        """Embeds entries of another embedder, which until now only answered their own requests again."""
+        with self._lock:
+            there = [(account, account.entries[e]) for account, e in entries if e in account.entries]
+        if not there:
+            return
+        vectors = np.asarray(self.embedder.embed([entry.prompt for _, entry in there]), dtype=np.float32)
+        with self._lock:
+            for (account, entry), vector, fit in zip(there, vectors, usable(vectors)):
+                if fit and entry.id in account.entries:
+                    account.index(entry.scope).add([entry.id], vector[None])
+                    if self._store is not None:
+                        self._store.put(entry, vector, self._embedder_id)
