@@ -8,9 +8,19 @@ from typing import Any
 
 from absl import flags
 
+from jaxstack.engine import Engine
+from jaxstack.serving import EngineModel
 from jaxstack.serving.semantic_cache import CacheConfig, Embedder, HashedNgramEmbedder, SemanticCache
 from jaxstack.serving.semantic_cache.embedders import RemoteEmbedder
 from jaxstack.serving.semantic_cache.encoder import EncoderEmbedder, find_minilm
+from jaxstack.serving.semantic_cache.judge import (
+    CascadeJudge,
+    EmbeddingJudge,
+    ExactJson,
+    Judge,
+    LMJudge,
+    NormalisedText,
+)
 from jaxstack.serving.semantic_cache.policies import POLICIES
 from launch import job
 
@@ -29,6 +39,16 @@ _EMBEDDER = flags.DEFINE_string(
     "what makes texts near: ngrams (their letters; no download), minilm (an installed package), the folder of an "
     "encoder of BERT's kind, or URL#MODEL of an endpoint for embeddings",
 )
+_JUDGE: Any = flags.DEFINE_enum(
+    "cache_judge",
+    "text",
+    ["text", "json", "embedding", "model"],
+    "whether two answers are the same: their texts but for case and punctuation, as JSON, by the cosine of their "
+    "embeddings, or as the served model says where their texts differ",
+)
+_JUDGE_COSINE = flags.DEFINE_float(
+    "cache_judge_cosine", 0.9, "least cosine of answers that --cache_judge=embedding takes"
+)
 _SHADOW = flags.DEFINE_bool("cache_shadow", False, "answer nothing from the cache, but say what it would have done")
 _TTL = flags.DEFINE_float("cache_ttl_s", _DEFAULT.ttl_s, "how long an answer is good for, seconds; 0 is for ever")
 _ENTRIES = flags.DEFINE_integer("cache_entries", _DEFAULT.max_entries, "answers kept at most")
@@ -37,6 +57,7 @@ _TEMPERATURE = flags.DEFINE_float(
     _DEFAULT.max_temperature,
     "keep answers drawn at temperatures up to this; others are samples among many. Requests without one have 1",
 )
+_OTHERS = (_DELTA, _PATH, _POLICY, _THRESHOLD, _EMBEDDER, _JUDGE, _JUDGE_COSINE, _SHADOW, _TTL, _ENTRIES, _TEMPERATURE)
 
 
 @contextlib.contextmanager
@@ -50,7 +71,19 @@ def semantic_cache(folder: Path) -> Iterator[SemanticCache | None]:
       BadUsage, UserError: a value out of range, no such embedder, or a file that is not a cache's.
     """
     if not _ON.value:
-        for flag in (_DELTA, _PATH, _POLICY, _THRESHOLD, _EMBEDDER, _SHADOW, _TTL, _ENTRIES, _TEMPERATURE):
+        for flag in (
+            _DELTA,
+            _PATH,
+            _POLICY,
+            _THRESHOLD,
+            _EMBEDDER,
+            _JUDGE,
+            _JUDGE_COSINE,
+            _SHADOW,
+            _TTL,
+            _ENTRIES,
+            _TEMPERATURE,
+        ):
             if flag.present:
                 raise job.BadUsage(f"--{flag.name}: found it without --semantic_cache, expected both")
         yield None
@@ -66,8 +99,25 @@ def semantic_cache(folder: Path) -> Iterator[SemanticCache | None]:
         max_temperature=_TEMPERATURE.value,
         revision=revision_of(folder),
     )
-    with SemanticCache(_embedder(_EMBEDDER.value), config) as cache:
+    embedder = _embedder(_EMBEDDER.value)
+    judge: Judge = NormalisedText()
+    if _JUDGE.value == "json":
+        judge = CascadeJudge(judge, ExactJson())
+    elif _JUDGE.value == "embedding":
+        if not 0 < _JUDGE_COSINE.value <= 1:
+            raise job.BadUsage(f"--cache_judge_cosine: found {_JUDGE_COSINE.value}, expected more than 0, at most 1")
+        judge = CascadeJudge(judge, EmbeddingJudge(embedder.embed, _JUDGE_COSINE.value))
+    with SemanticCache(embedder, config, judge) as cache:
         yield cache
+
+
+def let_judge(cache: SemanticCache | None, engine: Engine) -> None:
+    """Lets the served model compare answers, if the flags ask for that. It must have a chat template."""
+    if cache is None or _JUDGE.value != "model":
+        return
+    if engine.tokenizer is None or not engine.tokenizer.has_chat_template:
+        raise job.BadUsage("--cache_judge: found model, but this one has no chat template; expected text or embedding")
+    cache.judge = CascadeJudge(NormalisedText(), LMJudge(EngineModel(engine)))
 
 
 def revision_of(folder: Path) -> str:

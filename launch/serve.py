@@ -126,6 +126,7 @@ def run() -> dict[str, Any]:
     # The address first: loading takes a while, and a port in use should be known before.
     with contextlib.closing(listen(config)) as listener, cache_flags.semantic_cache(folder) as cache:
         engine = engine_flags.load_engine(folder, settings)
+        cache_flags.let_judge(cache, engine)
         for note in engine.notes:
             print(note, file=sys.stderr, flush=True)
 

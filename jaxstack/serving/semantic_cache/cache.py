@@ -55,7 +55,7 @@ class SemanticCache(Holdings):
 
     Args:
       embedder: its vectors are compared by cosine.
-      judge: compares answers; by default their normalised texts.
+      judge: compares answers; by default their normalised texts. An attribute, too, that may be set later.
 
     Raises:
       UserError: the store cannot be had.
@@ -64,7 +64,7 @@ class SemanticCache(Holdings):
     def __init__(self, embedder: Embedder, config: CacheConfig | None = None, judge: Judge | None = None):
         config = config or CacheConfig()
         self.scope = CacheScope(config)
-        self._judge: Judge = judge or NormalisedText()
+        self.judge: Judge = judge or NormalisedText()
         self._numbers = itertools.count(1)
         self._given: OrderedDict[tuple[str, str], Lookup] = OrderedDict()
         self._embedding = ThreadPoolExecutor(_EMBED_THREADS, thread_name_prefix="cache-embed")
@@ -368,7 +368,7 @@ class SemanticCache(Holdings):
         if lookup.candidate is None or response.finish_reason != "stop":
             return None
         try:
-            return self._judge.same(lookup.request.text, response.text, lookup.candidate.text)
+            return self.judge.same(lookup.request.text, response.text, lookup.candidate.text)
         except Exception:
             log.exception("the judge failed")
             return None
@@ -477,59 +477,6 @@ class SemanticCache(Holdings):
                     self._store.touch(entry)
         self.flush()
         return True
-
-    def invalidate(
-        self,
-        tenant: str,
-        *,
-        entry_id: int | None = None,
-        model: str | None = None,
-        prompt_prefix: str | None = None,
-        older_than_s: float | None = None,
-        everything: bool = False,
-        now_s: float | None = None,
-    ) -> int:
-        """Removes the tenant's entries that fit all that is given; on file when this returns. How many there were.
-
-        Answers that are being generated meanwhile are not kept.
-
-        Raises:
-          UserError: nothing is given.
-        """
-        now = time.time() if now_s is None else now_s
-        given = (entry_id, model, prompt_prefix, older_than_s)
-        if not everything and all(value is None for value in given):
-            raise UserError(
-                "invalidate: found nothing to go by, expected one of entry_id, model, prompt_prefix, "
-                "older_than_s, everything"
-            )
-        with self._lock:
-            account = self._account(self.config.owner(tenant))
-            account.epoch += 1
-            gone = [
-                entry
-                for entry in account.entries.values()
-                if (entry_id is None or entry.id == entry_id)
-                and (model is None or entry.model == model)
-                and (prompt_prefix is None or entry.prompt.startswith(prompt_prefix))
-                and (older_than_s is None or now - entry.created_s > older_than_s)
-            ]
-            for entry in gone:
-                self._remove(account, entry)
-        self.flush()
-        return len(gone)
-
-    def invalidate_model(self, model: str) -> int:
-        """Removes every tenant's entries of a model: another goes by that name now."""
-        with self._lock:
-            gone = 0
-            for account in self._accounts.values():
-                account.epoch += 1
-                for entry in [entry for entry in account.entries.values() if entry.model == model]:
-                    self._remove(account, entry)
-                    gone += 1
-        self.flush()
-        return gone
 
     # ---------------------------------------------------------------------------------------------------------- the end
 

@@ -8,6 +8,7 @@ import time
 import numpy as np
 from jaxtyping import Float
 
+from jaxstack.runtime.errors import UserError
 from jaxstack.serving.semantic_cache.account import Account, CacheStats, together
 from jaxstack.serving.semantic_cache.config import CacheConfig
 from jaxstack.serving.semantic_cache.embedders import Embedder
@@ -61,6 +62,59 @@ class Holdings:
         self._closed = True
         if self._store is not None:
             self._store.close()
+
+    def invalidate(
+        self,
+        tenant: str,
+        *,
+        entry_id: int | None = None,
+        model: str | None = None,
+        prompt_prefix: str | None = None,
+        older_than_s: float | None = None,
+        everything: bool = False,
+        now_s: float | None = None,
+    ) -> int:
+        """Removes the tenant's entries that fit all that is given; on file when this returns. How many there were.
+
+        Answers that are being generated meanwhile are not kept.
+
+        Raises:
+          UserError: nothing is given.
+        """
+        now = time.time() if now_s is None else now_s
+        given = (entry_id, model, prompt_prefix, older_than_s)
+        if not everything and all(value is None for value in given):
+            raise UserError(
+                "invalidate: found nothing to go by, expected one of entry_id, model, prompt_prefix, "
+                "older_than_s, everything"
+            )
+        with self._lock:
+            account = self._account(self.config.owner(tenant))
+            account.epoch += 1
+            gone = [
+                entry
+                for entry in account.entries.values()
+                if (entry_id is None or entry.id == entry_id)
+                and (model is None or entry.model == model)
+                and (prompt_prefix is None or entry.prompt.startswith(prompt_prefix))
+                and (older_than_s is None or now - entry.created_s > older_than_s)
+            ]
+            for entry in gone:
+                self._remove(account, entry)
+        self.flush()
+        return len(gone)
+
+    def invalidate_model(self, model: str) -> int:
+        """Removes every tenant's entries of a model: another goes by that name now."""
+        with self._lock:
+            gone = 0
+            for account in self._accounts.values():
+                account.epoch += 1
+                for entry in [entry for entry in account.entries.values() if entry.model == model]:
+                    self._remove(account, entry)
+                    gone += 1
+        self.flush()
+        return gone
 
     def entry(self, tenant: str, entry_id: int) -> Entry | None:
         """A copy of one of the tenant's own entries."""

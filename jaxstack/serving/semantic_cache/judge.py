@@ -82,7 +82,7 @@ class CascadeJudge:
         self._first, self._second = first, second
 
     def same(self, query: str, a: str, b: str) -> bool | None:
-        return self._first.same(query, a, b) or self._second.same(query, a, b)
+        return True if self._first.same(query, a, b) else self._second.same(query, a, b)
 
 
 class Agreement(NamedTuple):

@@ -1,5 +1,6 @@
 """The cache in a real server, through the real client: what a hit looks like, who sees what, and the endpoints."""
 
+import shutil
 import threading
 
 import httpx
@@ -7,8 +8,9 @@ import numpy as np
 import openai
 import pytest
 
-from jaxstack.serving import BackgroundServer, ServerConfig
+from jaxstack.serving import BackgroundServer, EngineModel, ServerConfig
 from jaxstack.serving.semantic_cache import CacheConfig, SemanticCache
+from jaxstack.serving.semantic_cache.judge import LMJudge
 
 KEYS = {"red": "key-red", "blue": "key-blue"}
 # A short answer that ends by itself, whatever the random model would say.
@@ -221,3 +223,33 @@ def test_without_a_cache_nothing_is_said_of_one(server, client):
     assert "x-cache" not in raw.headers
     with pytest.raises(openai.NotFoundError):
         client.get("/cache/stats", cast_to=object)
+
+
+def test_the_served_model_can_judge(engine):
+    """A random model says something, but nothing other than yes or no; equal texts do not ask it."""
+    judge = LMJudge(EngineModel(engine))
+    before = requests(engine)
+    assert judge.same("how much?", "It is 5.", "it is 5") is True
+    assert requests(engine) == before
+    assert judge.same("how much?", "five", "six") in (True, False)
+    assert requests(engine) == before + 1
+
+
+def test_the_page_shows_the_cache(cached, ask):
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no chromium on this machine; `make test` installs it where it may (apt-get, as root)")
+    ask("on the page")
+    ask("on the page")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as running:
+        chromium = running.chromium.launch(executable_path=browser, args=["--no-sandbox", "--disable-gpu"])
+        page, complaints = chromium.new_page(), []
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(cached.url)
+        page.wait_for_selector("#cache:not([hidden])", timeout=30_000)
+        assert "at most 2.00 % of requests" in page.text_content("#promise")
+        assert "exact" in page.text_content("#kindnames")
+        assert "answers" in page.text_content("#cachestate")
+        assert not complaints
+        chromium.close()

@@ -148,6 +148,19 @@ def test_a_kill_at_any_moment_loses_nothing_that_was_acknowledged(tmp_path):
         first = confirmed + 1
 
 
+def test_expired_entries_are_gone_after_a_restart(tmp_path):
+    with opened(tmp_path / "c", ttl_s=0.2) as cache:
+        ask(cache, "a#0", "yes")
+    time.sleep(0.25)
+    with opened(tmp_path / "c") as cache:
+        assert cache.stats(None).entries == 0
+        assert ask(cache, "a#1", "no").kind == "miss"
+    with opened(tmp_path / "c", max_entries=1) as cache:
+        assert cache.stats(None).entries == 1
+        ask(cache, "b#0", "no")
+        assert cache.stats(None).entries == 1
+
+
 def test_entries_of_another_embedder_answer_repeats_and_are_embedded_anew(tmp_path):
     with opened(tmp_path / "c", policy="static", threshold=0.9) as cache:
         ask(cache, "a#0", "yes")
