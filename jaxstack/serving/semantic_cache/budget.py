@@ -32,10 +32,10 @@ class ErrorBudget:
     """The controller of one tenant.
 
     Explored: e = (1 - tau) / tau * [the entry was wrong]; answered from the cache: e = 0. Then E[e] is the chance that
-    the cache would have answered wrongly. x <- min(0, x + eta (1 - e / delta)), and the policy's bound is
+    the cache would have answered wrongly. x <- min(0, x + eta (1 - e / (aim delta))), and the policy's bound is
     delta exp(x); below delta / 50 it is none. Since x <= 0 only ever falls by what e adds,
 
-        mean(e) <= delta + (delta log 50 / eta + (1 - tau_min) / tau_min) / n
+        mean(e) <= aim delta + (aim delta log 50 / eta + (1 - tau_min) / tau_min) / n
 
     for every sequence of labels, plus (1 - tau_min) / (tau_min n) for each label that is still to come.
 
@@ -43,6 +43,7 @@ class ErrorBudget:
       delta: errors a request, at most.
       tau_min: the least probability of exploring that the policy may use.
       eta: step size.
+      aim: share of delta that is steered to. The rest is for what the first errors cost until they are noticed.
       max_pending: labels with tau < 1 that may be outstanding; while there are that many, nothing is answered.
       strict_labels: a label that never comes counts as an error. Otherwise labels are assumed to be missing at random.
     """
@@ -54,8 +55,9 @@ class ErrorBudget:
         eta: float = 0.002,
         max_pending: int = 64,
         strict_labels: bool = False,
+        aim: float = 0.9,
     ):
-        self.delta, self.tau_min, self.eta = delta, tau_min, eta
+        self.delta, self.tau_min, self.eta, self.aim = delta, tau_min, eta, aim
         self.max_pending, self.strict_labels = max_pending, strict_labels
         self.x = 0.0
         self.requests = 0
@@ -117,8 +119,8 @@ class ErrorBudget:
         if not self.requests:
             return self.delta
         most = (1 - self.tau_min) / self.tau_min
-        slack = self.delta * max(-_LOWEST, -self.x) / self.eta + most * (1 + self.pending)
-        return self.delta + slack / self.requests
+        slack = self.aim * self.delta * max(-_LOWEST, -self.x) / self.eta + most * (1 + self.pending)
+        return self.aim * self.delta + slack / self.requests
 
     def estimate(self) -> ErrorEstimate:
         if not self.requests:
@@ -138,7 +140,7 @@ class ErrorBudget:
     def _step(self, e: float) -> None:
         self._sum += e
         self._squares += e * e
-        self.x = min(0.0, self.x + self.eta * (1 - e / self.delta))
+        self.x = min(0.0, self.x + self.eta * (1 - e / (self.aim * self.delta)))
 
     def _heard(self, *, missing: bool) -> None:
         keep = 1 - 1 / _WINDOW

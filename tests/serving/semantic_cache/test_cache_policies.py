@@ -375,7 +375,7 @@ def test_errors_stop_it_until_they_have_been_paid_for():
         needed += 1
     estimate = policy.budget.estimate()
     assert estimate.error <= policy.budget.bound
-    assert needed == pytest.approx((3 * (0.95 / 0.05 / 0.02 - 1) * 0.002 - math.log(50)) / 0.002, abs=2)
+    assert needed == pytest.approx((3 * (0.95 / 0.05 / (0.9 * 0.02) - 1) * 0.002 - math.log(50)) / 0.002, abs=2)
 
 
 # ------------------------------------------------------------------------------------------------ streams that hurt
