@@ -22,7 +22,7 @@ from jaxstack.fleet.spot.view import ReplicaState
 from jaxstack.runtime.errors import UserError
 
 ZONES = ("a", "b", "c")
-EACH = 25  # histories a block: 200 together
+EACH = 8  # histories a block: 64 together, with some 500 kills
 PROBE = ReadinessProbe("/health", initial_delay_s=60.0, interval_s=2.0, failure_threshold_s=10.0)
 
 

@@ -30,7 +30,7 @@ from jaxstack.serving.config import ServerConfig
 from jaxstack.serving.http_server import Background
 
 ZONES = tuple(VirtualZone(name, capacity=3) for name in "abc")
-PROBE = ReadinessProbe("/", initial_delay_s=30.0, timeout_s=2.0, interval_s=0.2)
+PROBE = ReadinessProbe("/", initial_delay_s=600.0, timeout_s=30.0, interval_s=0.2)
 # The smallest server there is; a process of its own below the shell, as a real one has.
 SERVER = """$PYTHON -S -c '
 import os, socket
@@ -52,10 +52,10 @@ def place(tmp_path: Path) -> Iterator[LocalProvisioner]:
     for folder in (tmp_path / "replicas").iterdir():
         place.kill(folder.name)
     for child in place._children:
-        child.wait(10)
+        child.wait(300)
 
 
-def until(holds: Callable[[], object], seconds: float = 30.0) -> None:
+def until(holds: Callable[[], object], seconds: float = 300.0) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end
@@ -71,14 +71,14 @@ def test_a_replica_starts_once_and_is_found_by_another(place: LocalProvisioner, 
     other = LocalProvisioner(tmp_path, ZONES)  # of a controller that came later
     assert asyncio.run(other.launch("s-1", "a", "spot", SPEC)) == first
     until(lambda: asyncio.run(place.last_lines("s-1", 1)) == ["listening"])
-    assert httpx.get(first.url, trust_env=False).text == "ok"
+    assert httpx.get(first.url, trust_env=False, timeout=300).text == "ok"
     (seen,) = asyncio.run(other.observe())
     assert (seen.replica_id, seen.zone, seen.kind, seen.alive, seen.handle) == ("s-1", "a", "spot", True, first)
     # Killed by another; the server goes with its shell.
     asyncio.run(other.terminate("s-1"))
     until(lambda: alive(place) == [])
     with pytest.raises(httpx.ConnectError):
-        httpx.get(first.url, trust_env=False)
+        httpx.get(first.url, trust_env=False, timeout=300)
     with pytest.raises(LaunchFailed, match="is gone"):
         asyncio.run(place.launch("s-1", "a", "spot", SPEC))
     asyncio.run(place.terminate("s-1"))  # once more is as good
@@ -141,7 +141,8 @@ def test_nobody_else_is_killed_for_a_number_that_is_used_again(place: LocalProvi
     assert alive(place) == ["s-1"]
 
 
-def test_the_proxy_is_kept_and_found_again(tmp_path: Path) -> None:
+def test_the_proxy_is_kept_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxstack.fleet.controller.proxy._RETRY_S", 600.0)
     command = SERVER.replace("PORT", "ROUTER_PORT")
 
     async def life() -> None:
@@ -184,7 +185,7 @@ def test_a_controller_killed_anywhere_over_real_processes(place: LocalProvisione
         state = FleetState(tmp_path, durable=False, fault=fault)
         policy = spothedge(FixedTarget(2), overprovision=0, backoff=Backoff(0.2, 0.4), rebalance=None)
         service = dataclasses.replace(Service("s", SPEC, PROBE), drain_s=0.2)
-        async with httpx.AsyncClient(trust_env=False) as http:
+        async with httpx.AsyncClient(trust_env=False, timeout=300) as http:
             controller = Controller(service, policy, place, state, proxy, HttpProbe(http), decide_every_s=0.1)
             try:
                 for _ in range(turns):
@@ -204,7 +205,7 @@ def test_a_controller_killed_anywhere_over_real_processes(place: LocalProvisione
             kills += 1
         countdown = choose.randrange(2, 12)
         asyncio.run(preemptor.strike())
-    asyncio.run(life(600, lambda where: None))
+    asyncio.run(life(6000, lambda where: None))
     assert kills >= 2
     found = snapshot(tmp_path)
     rows = {row["id"]: row for row in found["replicas"] if not row["ended"]}
@@ -225,13 +226,13 @@ def test_the_page_and_what_it_reads(tmp_path: Path) -> None:
         state.event("launch", row.id, zone="a")
     config = ServerConfig(port=0)
     with Background(config, lambda config: build_page(tmp_path, config)) as page:
-        answer = httpx.get(page.url, trust_env=False)
+        answer = httpx.get(page.url, trust_env=False, timeout=300)
         assert "fleet/status" in answer.text and "default-src 'none'" in answer.headers["content-security-policy"]
-        told = httpx.get(f"{page.url}/fleet/status", trust_env=False).json()
+        told = httpx.get(f"{page.url}/fleet/status", trust_env=False, timeout=300).json()
         assert told["service"]["name"] == "<b>s</b>" and told["controller"] == os.getpid()
         assert [row["state"] for row in told["replicas"]] == ["PROVISIONING"] and told["events"][0]["replica"] == "s-1"
         state.close()
-        assert httpx.get(f"{page.url}/fleet/status", trust_env=False).json()["controller"] is None
+        assert httpx.get(f"{page.url}/fleet/status", trust_env=False, timeout=300).json()["controller"] is None
 
 
 def test_clouds_are_for_who_has_the_package() -> None:

@@ -199,7 +199,7 @@ def kill(program: "Program | subprocess.Popen[str]") -> None:
     program.communicate()
 
 
-def run(module: str, *arguments: object, anew: bool = False, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run(module: str, *arguments: object, anew: bool = False, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     """`start`, and waits for its end."""
     program = start(module, *arguments, anew=anew)
     out, err = program.communicate(timeout=timeout)

@@ -33,15 +33,17 @@ def flags(tmp_path: Path) -> list[str]:
 
 def test_killed_and_started_again(flags: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    first = start("launch.batch", *flags, anew=True)
-    while not out.exists() or out.read_bytes().count(b"\n") < 3:
-        assert first.poll() is None, first.communicate()
-        time.sleep(0.002)
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
-    before = out.read_bytes()
-    finished = before.count(b"\n")
-    assert 3 <= finished < REQUESTS
+    finished, anew = REQUESTS, True
+    while finished == REQUESTS:  # once more where a busy machine let it end first
+        out.unlink(missing_ok=True)
+        first = start("launch.batch", *flags, anew=anew)
+        while (not out.exists() or out.read_bytes().count(b"\n") < 3) and first.poll() is None:
+            time.sleep(0.002)
+        first.send_signal(signal.SIGKILL)
+        said = first.communicate()
+        before, anew = out.read_bytes() if out.exists() else b"", False
+        finished = before.count(b"\n")
+        assert finished >= 3, said
     # What a kill in the middle of a write leaves.
     out.write_bytes(before + b'{"id": "batch_req_0", "custom_id": "r3')
     second = run("launch.batch", *flags)

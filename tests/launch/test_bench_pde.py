@@ -3,12 +3,12 @@ real peer where it is installed."""
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 
 from jaxstack.pde.compare import Case
@@ -30,8 +30,7 @@ NETWORK = NpdgConfig(width=8, depth=3)
 
 
 def launch(*flags: str) -> tuple[int, str, str]:
-    command = [sys.executable, "-m", "launch.bench_pde", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=REPOSITORY)
+    done = programs.run("launch.bench_pde", *flags)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -2,13 +2,11 @@
 
 import asyncio
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.serving.router.raw_replica import RawReplica, whole
+import programs
 
-ROOT = Path(__file__).parents[2]
+from tests.serving.router.raw_replica import RawReplica, whole
 
 
 async def answers(writer: asyncio.StreamWriter) -> None:
@@ -25,8 +23,7 @@ def test_its_last_line_has_every_figure(tmp_path: Path) -> None:
             "--queued=200",
             f"--workdir={tmp_path}",
         ]
-        command = [sys.executable, "-m", "launch.bench_router", *flags]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+        done = programs.run("launch.bench_router", *flags)
         assert done.returncode == 0, done.stderr
         # Each way and kind: the ones that are counted, and twenty before.
         assert len(replica.heads) == 2 * 2 * (20 + 20)

@@ -1,10 +1,9 @@
 """What bench_train gives our side, and its bad usage; the contest itself needs the peers' environment."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
 from byte_model import byte_model, save
 
@@ -58,6 +57,6 @@ def test_packed_and_padded_steps_train_the_same(tmp_path: Path):
 
 def test_without_the_peers_it_says_how_to_get_them(tmp_path: Path):
     flags = ["--peer_python=/nowhere/python", f"--workdir={tmp_path / 'new'}"]
-    run = subprocess.run([sys.executable, "-m", "launch.bench_train", *flags], capture_output=True, text=True)
+    run = programs.run("launch.bench_train", *flags)
     assert run.returncode == 1 and run.stderr.count("\n") == 1
     assert "make peers" in run.stderr and not (tmp_path / "new").exists()

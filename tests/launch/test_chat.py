@@ -5,8 +5,6 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,13 +13,13 @@ from typing import Any
 
 import pytest
 from byte_model import byte_model, save
+from programs import start
 
 from jaxstack.engine import Engine, EngineConfig, SamplingParams
 from jaxstack.models.tokenizer import byte_tokenizer
 from jaxstack.serving import BackgroundServer, ServerConfig
 from jaxstack.training.initialize import fresh_decoder
 
-ROOT = Path(__file__).parents[2]
 MODEL = byte_model(4096, initializer_range=0.3)
 
 
@@ -125,25 +123,17 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(source: Any, engine: Engine, r
     assert "(stopped)" in notes and len(talk.talk) == 4
     assert 40 < len(talk.talk[1]["content"]) < 3000 and talk.talk[3]["content"]
     while engine.stats().running:
-        assert time.perf_counter() - begin < 60
+        assert time.perf_counter() - begin < 600
         time.sleep(0.01)
 
 
 def test_as_a_program_with_lines_from_a_pipe(tmp_path: Path) -> None:
     folder = tmp_path / "tiny-model"
     save(folder, MODEL)
-    command = [sys.executable, "-m", "launch.chat", f"--model={folder}", "--max_batch_tokens=16"]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        input="/set max_tokens=5\n/set temperature=0\nhello\n",
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() and "\x1b" not in done.stdout and "Traceback" not in done.stderr
+    done = start("launch.chat", f"--model={folder}", "--max_batch_tokens=16")
+    out, errors = done.communicate("/set max_tokens=5\n/set temperature=0\nhello\n", timeout=600)
+    assert done.returncode == 0, errors
+    assert out.strip() and "\x1b" not in out and "Traceback" not in errors
 
 
 def test_thinking_is_dimmed_and_not_remembered() -> None:

@@ -50,7 +50,7 @@ def test_the_child_ends_with_its_parent(tmp_path, number):
 
 
 def _child_of(parent):
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while time.monotonic() < end:
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in psutil.Process(parent.pid).children():

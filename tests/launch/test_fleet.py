@@ -1,29 +1,18 @@
 """`python -m launch.fleet` as a user runs it: three real servers, killed while they answer, and the controller too."""
 
 import json
-import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
+import programs
 import pytest
 
 from launch.skyserve_study.local import run_local
 
-ROOT = Path(__file__).parents[2]
-
 
 def fleet(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "launch.fleet", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return programs.run("launch.fleet", *arguments)
 
 
 def test_replicas_and_controller_are_killed_and_no_answer_notices(tmp_path: Path) -> None:

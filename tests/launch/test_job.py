@@ -125,7 +125,7 @@ LAUNCHER = """
 def test_exit_codes_and_one_line_each(tmp_path, arguments, code, line):
     program = tmp_path / "thing.py"
     program.write_text(textwrap.dedent(LAUNCHER))
-    done = subprocess.run([sys.executable, str(program), *arguments], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, str(program), *arguments], capture_output=True, text=True, timeout=600)
     assert done.returncode == code
     if code == 0:
         assert json.loads(done.stdout.splitlines()[-1]) == {"count": 2}

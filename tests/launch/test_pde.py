@@ -59,18 +59,19 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, compiled_programs):
         assert (tmp_path / "whole" / name).read_bytes().startswith(b"\x89PNG")
     assert len((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()) >= 40
 
-    killed = tmp_path / "killed"
-    process = programs.start("launch.pde", *arguments, "--checkpoint_every_s=0.05", f"--workdir={killed}")
-    deadline = time.monotonic() + 120
-    while not any(f.name.isdigit() for f in (killed / "checkpoints").glob("*")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    for number in range(20):  # once more where a busy machine let it end first
+        killed = tmp_path / f"killed{number}"
+        process = programs.start("launch.pde", *arguments, "--checkpoint_every_s=0.05", f"--workdir={killed}")
+        while not any(f.name.isdigit() for f in (killed / "checkpoints").glob("*")) and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        if not (killed / "summary.json").exists():
+            break
     assert not (killed / "summary.json").exists()
     code, out, err = run(*arguments, f"--workdir={killed}")
     assert code == 0 and "resumed at iteration" in err, err
-    first, second = (np.load(tmp_path / name / "solution.npz")["theta"] for name in ("whole", "killed"))
+    first, second = (np.load(tmp_path / name / "solution.npz")["theta"] for name in ("whole", killed.name))
     np.testing.assert_array_equal(first, second)
 
 

@@ -2,10 +2,8 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
-from pathlib import Path
 
+import programs
 import pytest
 
 from jaxstack.pde import Stage, compare
@@ -14,8 +12,6 @@ from jaxstack.pde.compare import Case, Entrant, time_to_error
 from jaxstack.pde.methods import make_method
 from jaxstack.runtime.errors import UserError
 from launch.pdhg_study import entrants, report, tuning
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 def run(label, case="poisson-10", seed=0, seconds=1.0, censored=False, c_l2=0.05):
@@ -159,10 +155,7 @@ def test_a_run_is_timed_to_its_target(monkeypatch):
 
 def test_the_study_runs_goes_on_and_refuses(tmp_path):
     def launched(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "launch.reproduce", "--paper=pdhg", f"--workdir={tmp_path}", *arguments],
-            cwd=REPOSITORY, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+        return programs.run("launch.reproduce", "--paper=pdhg", f"--workdir={tmp_path}", *arguments)
 
     first = launched("--sections=rate")
     assert first.returncode == 0, first.stderr

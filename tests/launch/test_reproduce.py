@@ -60,7 +60,7 @@ def start_until_checkpoint(workdir: Path, cell: str) -> subprocess.Popen:
 
 
 def finished(process: subprocess.Popen) -> str:
-    out, err = process.communicate(timeout=400)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     return out
 

@@ -2,18 +2,14 @@
 
 import contextlib
 import json
-import os
 import signal
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import httpx
+import programs
 import pytest
 
-ROOT = Path(__file__).parents[2]
 TABLE = {
     "version": 1,
     "input_edges_tokens": [50, 10_000],
@@ -64,17 +60,11 @@ def replica():
         thread.join()
 
 
-def route(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "launch.route", *arguments], cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
 def test_long_prompts_go_where_the_plan_can_serve_them(tmp_path):
     (tmp_path / "routing.json").write_text(json.dumps(TABLE))
     with replica() as small, replica() as large:
-        router = route(
+        router = programs.start(
+            "launch.route",
             f"--replicas={small},{large}", "--replica_kinds=small,large", "--policy=occupancy", "--port=0",
             f"--routing_table={tmp_path / 'routing.json'}",
         )  # fmt: skip
@@ -83,13 +73,16 @@ def test_long_prompts_go_where_the_plan_can_serve_them(tmp_path):
             line = router.stdout.readline()
             assert " at http://127.0.0.1:" in line, router.communicate()
             url = line.split()[-1]
-            with httpx.Client(trust_env=False, timeout=30) as http:
+            with httpx.Client(trust_env=False, timeout=600) as http:
                 seen = {}
                 for prompt in ("short", "a long prompt " * 100):
                     answer = http.post(f"{url}/completions", json={"prompt": prompt, "max_tokens": 5})
                     assert answer.status_code == 200, answer.text
                     seen[len(prompt)] = answer.headers["x-replica"]
-                status = http.get(f"{url.removesuffix('/v1')}/router/status").json()
+                occupied = True
+                while occupied:  # what a request took is given back a moment after its answer
+                    status = http.get(f"{url.removesuffix('/v1')}/router/status").json()
+                    occupied = any(status["policy"]["occupancy"].values())
             # An idle large one takes less of itself for either; the small one could not have served the long one.
             assert set(seen.values()) == {large.removeprefix("http://")}
             names = {small.removeprefix("http://"), large.removeprefix("http://")}
@@ -99,12 +92,12 @@ def test_long_prompts_go_where_the_plan_can_serve_them(tmp_path):
                 "occupancy": dict.fromkeys(sorted(names), 0.0),
             }
             router.send_signal(signal.SIGTERM)
-            out, errors = router.communicate(timeout=60)
+            out, errors = router.communicate(timeout=600)
             assert router.returncode == 0 and "Traceback" not in errors, errors
             assert json.loads(out.splitlines()[-1])["requests"] == {"answered": 2}
         finally:
-            router.kill()
-            router.communicate()
+            if router.poll() is None:
+                programs.kill(router)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +115,7 @@ def test_long_prompts_go_where_the_plan_can_serve_them(tmp_path):
 def test_mistakes_get_one_line_and_a_code(arguments, code, message, tmp_path):
     (tmp_path / "routing.json").write_text(json.dumps(TABLE))
     filled = [argument.format(tmp_path / "routing.json") for argument in arguments]
-    child = route("--policy=spill", "--replicas=http://127.0.0.1:1", *filled)
-    _, errors = child.communicate(timeout=120)
+    child = programs.start("launch.route", "--policy=spill", "--replicas=http://127.0.0.1:1", *filled)
+    _, errors = child.communicate(timeout=600)
     (said,) = [line for line in errors.splitlines() if line.startswith("error:")]
     assert child.returncode == code and message in said and "Traceback" not in errors

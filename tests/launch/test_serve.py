@@ -28,10 +28,10 @@ def test_serving_a_folder_until_a_signal(folder: Path) -> None:
         assert line.startswith("serving tiny-model at http://127.0.0.1:"), server.communicate()
         body = {"model": "tiny-model", "prompt": "abc", "max_tokens": 4, "ignore_eos": True}
         url, key = f"{line.split()[-1]}/completions", {"authorization": "Bearer k"}
-        answer = httpx.post(url, json=body, headers=key, timeout=60, trust_env=False)
+        answer = httpx.post(url, json=body, headers=key, timeout=600, trust_env=False)
         assert answer.json()["usage"]["completion_tokens"] == 4
         server.send_signal(number)
-        rest, errors = server.communicate(timeout=120)
+        rest, errors = server.communicate(timeout=600)
         assert server.returncode == 0, errors
         assert json.loads(rest.splitlines()[-1]) == {
             "model": "tiny-model",
@@ -50,18 +50,18 @@ def test_serving_with_pages_on_the_host() -> None:
     url = server.stdout.readline().split()[-1]
     for prompt in ([5, 6, 7, 8] * 6, [8, 7, 6, 5] * 6, [9, 8] * 12, [5, 6, 7, 8] * 6):
         body = {"model": "countdown", "prompt": prompt, "max_tokens": 30, "ignore_eos": True}
-        answer = httpx.post(f"{url}/completions", json=body, timeout=60, trust_env=False)
+        answer = httpx.post(f"{url}/completions", json=body, timeout=600, trust_env=False)
         assert answer.json()["usage"]["completion_tokens"] == 30
-    found = httpx.get(f"{url.removesuffix('/v1')}/metrics", trust_env=False).text
+    found = httpx.get(f"{url.removesuffix('/v1')}/metrics", timeout=600, trust_env=False).text
     for space in ("device", "host", "free"):
         assert f'jaxstack:kv_pages{{model_name="countdown",space="{space}"}}' in found
     assert 'jaxstack:swap_bytes_total{direction="to_host",model_name="countdown"}' in found
     assert 'jaxstack:swap_host_share{model_name="countdown"} 0.5' in found
-    shown = httpx.get(f"{url.removesuffix('/v1')}/page/snapshot", trust_env=False).json()
+    shown = httpx.get(f"{url.removesuffix('/v1')}/page/snapshot", timeout=600, trust_env=False).json()
     assert shown["swap"]["pages"]["device"] > 0 and len(shown["cells"]) == sum(shown["swap"]["pages"].values())
     assert (shown["swap"]["pages"]["host"] > 0) == any(cell.isupper() for cell in shown["cells"])
     server.send_signal(signal.SIGTERM)
-    _, errors = server.communicate(timeout=120)
+    _, errors = server.communicate(timeout=600)
     assert server.returncode == 0 and "Traceback" not in errors, errors
     assert "swapping: 160 tokens without, " in errors and "a fixed share" in errors
 

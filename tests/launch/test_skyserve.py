@@ -4,9 +4,8 @@ import dataclasses
 import json
 import math
 import shutil
-import subprocess
-import sys
 
+import programs
 import pytest
 
 from jaxstack.fleet.controller import load_service
@@ -18,9 +17,8 @@ from launch.skyserve_study.simulated import Settings
 from launch.skyserve_study.study import run_study
 
 
-def reproduce(*arguments, timeout=240):
-    command = [sys.executable, "-m", "launch.reproduce", "--paper=skyserve", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+def reproduce(*arguments):
+    return programs.run("launch.reproduce", "--paper=skyserve", *arguments)
 
 
 @pytest.fixture(scope="module")

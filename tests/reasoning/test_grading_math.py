@@ -85,7 +85,7 @@ def test_hostile_expressions_end_in_time(hasty: MathGrader):
         start = time.monotonic()
         verdict = hasty.compare(answer, "7")
         # The limit, and a worker that is started again under load; without the limit it never ends.
-        assert time.monotonic() - start < 60
+        assert time.monotonic() - start < 300
         assert verdict.outcome != "correct", answer
     assert hasty.compare("2", "1+1").correct  # and it is well again
 

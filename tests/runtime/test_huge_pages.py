@@ -32,7 +32,7 @@ def test_a_program_starts_anew_once_with_its_arguments_and_process_id():
     process = subprocess.Popen(
         [sys.executable, "-c", program, *arguments], env=environment, stdout=subprocess.PIPE, text=True
     )
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=600)
     assert process.returncode == 0
     assert out.splitlines() == [
         f"{process.pid} {arguments} False None",

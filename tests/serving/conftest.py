@@ -62,14 +62,14 @@ def engine(adapter_folder: Path) -> Iterator[Engine]:
 
 @pytest.fixture(scope="session")
 def server(engine: Engine) -> Iterator[BackgroundServer]:
-    config = ServerConfig(port=0, model_name="tiny", max_body_bytes=100_000, body_timeout_s=0.5, header_timeout_s=0.5)
+    config = ServerConfig(port=0, model_name="tiny", max_body_bytes=100_000)
     with BackgroundServer(engine, config) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def http() -> Iterator[httpx.Client]:
-    with httpx.Client(trust_env=False, timeout=60) as http:
+    with httpx.Client(trust_env=False, timeout=600) as http:
         yield http
 
 

@@ -2,6 +2,7 @@
 
 import json
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -14,6 +15,7 @@ from jaxstack.runtime.errors import UserError
 from jaxstack.serving import BackgroundServer, ServerConfig
 from jaxstack.serving.errors import ApiError
 from jaxstack.serving.protocol import ChatRequest, CompletionRequest
+from tests.serving.stopping import stopping
 
 JSON = {"content-type": "application/json"}
 GOOD = {"prompt": "x", "max_tokens": 2}
@@ -35,6 +37,14 @@ class Http:
 @pytest.fixture
 def to(http: httpx.Client, server: BackgroundServer) -> Http:
     return Http(http, server)
+
+
+@pytest.fixture(scope="module")
+def hasty(engine: Engine) -> Iterator[BackgroundServer]:
+    """A server that does not wait long for what is to come."""
+    config = ServerConfig(port=0, model_name="tiny", body_timeout_s=0.3, header_timeout_s=0.3)
+    with BackgroundServer(engine, config) as server:
+        yield server
 
 
 def check_refused(to: Http, answer: httpx.Response, status: int, message: str) -> dict[str, Any]:
@@ -294,7 +304,7 @@ def test_large_bodies_are_refused_before_they_are_read(to: Http) -> None:
 
 def raw(server: BackgroundServer, data: bytes) -> bytes:
     """What the server answers to `data`, until it closes the connection."""
-    with socket.create_connection(server.server._listener.getsockname()[:2], timeout=30) as connection:
+    with socket.create_connection(server.server._listener.getsockname()[:2], timeout=600) as connection:
         connection.sendall(data)
         answer = b""
         while chunk := connection.recv(65536):
@@ -318,15 +328,15 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/j
         (HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
     ],
 )
-def test_broken_http(to: Http, data: bytes, status: int) -> None:
-    head, _, body = raw(to.server, data).partition(b"\r\n\r\n")
+def test_broken_http(to: Http, hasty: BackgroundServer, data: bytes, status: int) -> None:
+    head, _, body = raw(hasty if status == 408 else to.server, data).partition(b"\r\n\r\n")
     assert head.split(b" ")[1] == str(status).encode(), head
     assert json.loads(body)["error"]["message"]
     assert to.post("/v1/completions", GOOD).status_code == 200
 
 
-def test_idle_connections_are_closed(server: BackgroundServer) -> None:
-    assert b" 408 " in raw(server, b"")
+def test_idle_connections_are_closed(hasty: BackgroundServer) -> None:
+    assert b" 408 " in raw(hasty, b"")
 
 
 def test_keys(engine: Engine, http: httpx.Client) -> None:
@@ -346,7 +356,10 @@ def test_limits_on_streams_and_connections(engine: Engine, http: httpx.Client) -
     config = ServerConfig(port=0, max_streams=1, max_connections=3, allowed_origins=("https://page.example",))
     with BackgroundServer(engine, config) as server:
         long = {"prompt": "x", "max_tokens": 2000, "ignore_eos": True, "stream": True}
-        with http.stream("POST", f"{server.base_url}/completions", json=long) as stream:
+        with (
+            stopping(engine, after=10),
+            http.stream("POST", f"{server.base_url}/completions", json=long) as stream,
+        ):
             lines = stream.iter_lines()  # httpx closes the response with its iterator
             next(lines)
             busy = http.post(f"{server.base_url}/completions", json=GOOD)

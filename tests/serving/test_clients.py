@@ -97,7 +97,7 @@ def test_metrics_and_page_show_who_has_had_what(http: httpx.Client, engine, shar
         body = {"prompt": f"{i} " * 20, "max_tokens": 12, "ignore_eos": True}
         key = ["key-a", "key-z"][i % 2]
         reply = http.post(
-            f"{shared.base_url}/completions", json=body, headers={"authorization": f"Bearer {key}"}, timeout=60
+            f"{shared.base_url}/completions", json=body, headers={"authorization": f"Bearer {key}"}, timeout=600
         )
         assert reply.status_code == 200
 

@@ -117,7 +117,7 @@ def test_requests_are_counted_by_the_server_and_crowds_are_given_up(server):
 def test_nobody_there_is_said_in_one_line(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "launch.profile_endpoint", "--base_url=http://127.0.0.1:9/v1", f"--workdir={tmp_path}"],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stderr
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]

@@ -83,7 +83,7 @@ def serving(engine: Any, **config: Any) -> BackgroundServer:
 
 @pytest.fixture
 def http() -> Iterator[httpx.Client]:
-    with httpx.Client(trust_env=False, timeout=60) as http:
+    with httpx.Client(trust_env=False, timeout=600) as http:
         yield http
 
 
@@ -129,11 +129,14 @@ def test_an_engine_that_does_not_start() -> None:
 
 def test_a_dead_engine(http: httpx.Client) -> None:
     engine = ScriptedEngine()
-    with serving(engine, dead_grace_s=0.5) as server:
+    with serving(engine, dead_grace_s=600.0) as server:
         engine.dead = True
         for answer in (http.get(f"{server.url}/health"), ask(http, server)):
             assert answer.status_code == 503 and code(answer) == "engine_dead"
-        server._thread.join(30)
+    engine.dead = False
+    with serving(engine, dead_grace_s=0.1) as server:
+        engine.dead = True
+        server._thread.join(300)
         assert not server._thread.is_alive() and server.server.failure is not None
 
 
@@ -199,22 +202,31 @@ def test_a_deadline_before_the_first_token(http: httpx.Client) -> None:
 
 
 def test_a_silent_stream_sends_comments_and_the_headers_of_a_stream(http: httpx.Client) -> None:
+    go_on = threading.Event()  # what is to be said comes when the comment has been read
+
     async def script() -> AsyncIterator[Delta]:
-        await asyncio.sleep(0.3)
+        while not go_on.is_set():
+            await asyncio.sleep(0.01)
         yield piece("a", end="stop")
 
+    def events(answer: httpx.Response) -> Iterator[str]:
+        for line in answer.iter_lines():
+            if line == ": waiting":
+                go_on.set()
+            if line:
+                yield line
+
     with serving(ScriptedEngine(script), comment_interval_s=0.05) as server:
-        answer = ask(http, server, stream=True)
-        assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
-        assert answer.headers["cache-control"] == "no-cache" and answer.headers["x-accel-buffering"] == "no"
-        events = answer.text.split("\n\n")
-        assert events[0] == ": waiting" and events[-2:] == ["data: [DONE]", ""]
-        assert json.loads(events[-3].removeprefix("data: "))["choices"][0]["finish_reason"] == "stop"
-        chat = http.post(
-            f"{server.base_url}/chat/completions",
-            json={"messages": [{"role": "user", "content": "x"}], "stream": True},
-        )
-        first, second = chat.text.split("\n\n")[:2]
+        with http.stream("POST", f"{server.base_url}/completions", json={"prompt": "x", "stream": True}) as answer:
+            assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+            assert answer.headers["cache-control"] == "no-cache" and answer.headers["x-accel-buffering"] == "no"
+            said = list(events(answer))
+        assert said[0] == ": waiting" and said[-1] == "data: [DONE]"
+        assert json.loads(said[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "stop"
+        go_on.clear()
+        talk = {"messages": [{"role": "user", "content": "x"}], "stream": True}
+        with http.stream("POST", f"{server.base_url}/chat/completions", json=talk) as answer:
+            first, second = list(events(answer))[:2]
         assert json.loads(first.removeprefix("data: "))["choices"][0]["delta"]["role"] == "assistant"
         assert second == ": waiting"
 
@@ -244,7 +256,7 @@ def test_shutdown_lets_answers_finish_or_ends_them(http: httpx.Client, patient: 
 
     engine = ScriptedEngine(script)
     answers: list[httpx.Response] = []
-    server = serving(engine, drain_timeout_s=30 if patient else 0.2)
+    server = serving(engine, drain_timeout_s=600 if patient else 0.2)
     server.__enter__()
     asking = threading.Thread(target=lambda: answers.append(ask(http, server)))
     asking.start()
@@ -257,8 +269,8 @@ def test_shutdown_lets_answers_finish_or_ends_them(http: httpx.Client, patient: 
         assert refused.status_code == 503 and code(refused) == "shutting_down"
         assert ask(http, server).status_code == 503
         go_on.set()
-    asking.join(60)
-    server._thread.join(60)
+    asking.join(300)
+    server._thread.join(300)
     assert not server._thread.is_alive()
     (choice,) = answers[0].json()["choices"]
     assert (choice["text"], choice["finish_reason"]) == (("ab", "stop") if patient else ("a", "abort"))

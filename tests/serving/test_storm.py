@@ -16,6 +16,7 @@ from jaxstack.models.decoder import Decoder
 from jaxstack.models.tokenizer import byte_tokenizer
 from jaxstack.serving import BackgroundServer, ServerConfig
 from tests.serving.conftest import MODEL
+from tests.serving.stopping import stopping
 from tests.serving.test_clients_that_leave import at_rest, eventually, request
 
 SOCKET_RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset instead of a farewell
@@ -84,7 +85,7 @@ def test_a_thousand_clients(engine: Engine, server: BackgroundServer, http: http
         gate = asyncio.Semaphore(250)  # a descriptor on each side
 
         async def well_behaved() -> None:
-            async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
+            async with httpx.AsyncClient(trust_env=False, timeout=600) as client:
                 for _ in range(5):
                     answer = await client.post(f"{server.base_url}/completions", json={"prompt": "x", "max_tokens": 3})
                     good.append(answer.status_code)
@@ -109,7 +110,7 @@ def test_more_work_than_pages_is_all_done(small) -> None:
     engine, server = small
 
     async def all_at_once() -> list[dict]:
-        async with httpx.AsyncClient(trust_env=False, timeout=120) as client:
+        async with httpx.AsyncClient(trust_env=False, timeout=600) as client:
             bodies = [{"prompt": f"{i}" * 5, "max_tokens": 100, "ignore_eos": True, "temperature": 0} for i in range(8)]
             posts = [client.post(f"{server.base_url}/completions", json=body) for body in bodies]
             return [answer.json() for answer in await asyncio.gather(*posts)]
@@ -128,11 +129,17 @@ def test_a_full_queue_says_so_and_comes_back(small) -> None:
     engine, server = small
 
     async def all_at_once() -> list[httpx.Response]:
-        async with httpx.AsyncClient(trust_env=False, timeout=120) as client:
+        async with httpx.AsyncClient(trust_env=False, timeout=600) as client:
             body = {"prompt": "hello", "max_tokens": 40, "ignore_eos": True}
-            return await asyncio.gather(*(client.post(f"{server.base_url}/completions", json=body) for _ in range(40)))
+            url = f"{server.base_url}/completions"
+            asking = [asyncio.create_task(client.post(url, json=body)) for _ in range(40)]
+            while sum(task.done() for task in asking) < 28:  # those for whom there is no room
+                await asyncio.sleep(0.01)
+            stopped.go_on.set()
+            return await asyncio.gather(*asking)
 
-    answers = asyncio.run(all_at_once())
+    with stopping(engine, after=1) as stopped:
+        answers = asyncio.run(all_at_once())
     refused = [a for a in answers if a.status_code != 200]
     assert refused and len(answers) - len(refused) >= 8
     for answer in refused:

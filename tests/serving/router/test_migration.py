@@ -18,6 +18,7 @@ from jaxstack.serving import BackgroundServer, ServerConfig
 from jaxstack.serving.router import BackgroundRouter, LeastLoad, RouterConfig
 from jaxstack.serving.router.migration import StreamJournal
 from jaxstack.serving.router.upstream import UpstreamError
+from tests.serving.stopping import stopping
 
 # Whole characters of two, three and four bytes, each byte a token of the model.
 CHARACTERS = "(é|ü|漢|字|🙂|𝄞|a){14}"
@@ -43,7 +44,7 @@ def setup(engine: Engine) -> Iterator[Setup]:
         CuttingProxy(server.url) as cutting,
         CuttingProxy(server.url) as other,
     ):
-        replicas = RouterConfig((cutting.url, other.url), ServerConfig(port=0), resume_timeout_s=5.0)
+        replicas = RouterConfig((cutting.url, other.url), ServerConfig(port=0), resume_timeout_s=300.0)
         with BackgroundRouter(replicas, Preferring(cutting.name)) as router:
             yield Setup(server, cutting, other, router)
 
@@ -227,12 +228,11 @@ def test_a_server_that_shuts_down_hands_its_answers_over(engine: Engine, http: h
         with BackgroundRouter(RouterConfig(urls, ServerConfig(port=0)), Preferring(ending.url[7:])) as router:
             got: list[Any] = []
             asking = threading.Thread(target=lambda: got.append(post(http, router.url, body)))
-            asking.start()
-            while engine.stats().running == 0:
-                time.sleep(0.001)
-            time.sleep(0.02)
-            ending.__exit__(None, None, None)
-            asking.join(60)
+            with stopping(engine, after=60) as stopped:
+                asking.start()
+                stopped.at.wait()
+                ending.__exit__(None, None, None)
+            asking.join(300)
             assert gist(got[0]) == expected
             counts = router.service.dispatcher.counts
             assert counts.resumed + counts.resent == 1 and counts.lost_answers == 0
@@ -251,7 +251,7 @@ def test_best_of_and_scored_prompts_begin_anew(setup: Setup, http: httpx.Client)
 def test_an_answer_waits_for_a_replica_to_come(engine: Engine, http: httpx.Client) -> None:
     """Managed: the only replica is taken away in the middle of an answer; another comes a second later."""
     body = {**REQUESTS["seeded"], "max_tokens": 200}
-    config = RouterConfig((), ServerConfig(port=0), managed=True, hold_timeout_s=20.0, resume_timeout_s=20.0)
+    config = RouterConfig((), ServerConfig(port=0), managed=True, hold_timeout_s=300.0, resume_timeout_s=300.0)
     server = ServerConfig(port=0, model_name="tiny")
     with BackgroundRouter(config, LeastLoad()) as router, BackgroundServer(engine, server) as one:
         expected = gist(post(http, one.url, body))
@@ -262,15 +262,14 @@ def test_an_answer_waits_for_a_replica_to_come(engine: Engine, http: httpx.Clien
             while router.service.dispatcher.counts.held == 0:
                 time.sleep(0.01)
             set_replicas = f"{router.url}/router/replicas"
-            assert http.post(set_replicas, json={"replicas": [one.url]}).status_code == 200
-            while not router.service.replicas[0].active:
-                time.sleep(0.002)
-            time.sleep(0.05)
-            http.post(set_replicas, json={"replicas": [], "lost": [one.url]})
+            with stopping(engine, after=50) as stopped:
+                assert http.post(set_replicas, json={"replicas": [one.url]}).status_code == 200
+                stopped.at.wait()
+                http.post(set_replicas, json={"replicas": [], "lost": [one.url]})
             time.sleep(0.3)
             assert not got and router.service.replicas == []
             http.post(set_replicas, json={"replicas": [two.url]})
-            asking.join(30)
+            asking.join(300)
         assert gist(got[0]) == expected
         assert router.service.dispatcher.counts.resumed == 1
         wrong = http.post(set_replicas, json={"replicas": ["nowhere"]})

@@ -45,7 +45,7 @@ async def dies(writer: asyncio.StreamWriter) -> None:
 
 @pytest.fixture(scope="module")
 def http():
-    with httpx.Client(trust_env=False, timeout=60) as http:
+    with httpx.Client(trust_env=False, timeout=600) as http:
         yield http
 
 
@@ -55,7 +55,7 @@ class InOrder(LeastLoad):
 
 
 def routing(*replicas: RawReplica, **more: float) -> BackgroundRouter:
-    settings = {"health_interval_s": 0.1, "resume_timeout_s": 0.6, **more}
+    settings = {"health_interval_s": 0.1, "health_timeout_s": 60.0, "resume_timeout_s": 300.0, **more}
     config = RouterConfig(tuple(r.url for r in replicas), ServerConfig(port=0), **settings)  # type: ignore[arg-type]
     return BackgroundRouter(config, InOrder())
 
@@ -66,7 +66,7 @@ def said(http: httpx.Client, router: BackgroundRouter) -> list[str]:
 
 def test_who_falls_silent_is_given_up(http: httpx.Client) -> None:
     with RawReplica(begins_and_hangs) as one, RawReplica(goes_on) as other:
-        with routing(one, other, silence_timeout_s=0.3) as router:
+        with routing(one, other, silence_timeout_s=1.5) as router:
             events = said(http, router)
         assert events == ['data: {"n": 1}', f": resumed at {other.name}", 'data: {"n": 2}', "data: [DONE]"]
         assert other.heads[0].startswith("post /internal/resume")
@@ -86,7 +86,11 @@ def test_where_nobody_can_the_stream_ends_with_an_error(http: httpx.Client) -> N
     async def begins_once(writer: asyncio.StreamWriter) -> None:
         await (begins_and_dies if len(one.heads) == 1 else does_not_know_how)(writer)
 
-    with RawReplica(begins_once) as one, RawReplica(does_not_know_how) as old, routing(one, old) as router:
+    with (
+        RawReplica(begins_once) as one,
+        RawReplica(does_not_know_how) as old,
+        routing(one, old, resume_timeout_s=0.6) as router,
+    ):
         events = said(http, router)
         error = json.loads(events[-1].removeprefix("data: "))["error"]
         assert error["code"] == "replica_lost" and "after 1 tokens" in error["message"]
@@ -123,12 +127,12 @@ def test_replicas_come_and_go(http: httpx.Client) -> None:
         await go_on.wait()
         await goes_on(writer)
 
-    config = RouterConfig((), ServerConfig(port=0), managed=True, health_interval_s=0.1, hold_timeout_s=20.0)
+    config = RouterConfig((), ServerConfig(port=0), managed=True, health_interval_s=0.1, hold_timeout_s=300.0)
     with RawReplica(waits) as one, RawReplica(goes_on) as other, BackgroundRouter(config, InOrder()) as router:
         put, got = f"{router.url}/router/replicas", []
         asking = threading.Thread(target=lambda: got.append(said(http, router)))
         asking.start()
-        with httpx.Client(trust_env=False) as control:
+        with httpx.Client(trust_env=False, timeout=600) as control:
             while control.get(f"{router.url}/router/status").json()["waiting"] == 0:
                 pass
             control.post(put, json={"replicas": [one.url]})
@@ -139,7 +143,7 @@ def test_replicas_come_and_go(http: httpx.Client) -> None:
             assert told[one.name]["state"] == "draining" and told[one.name]["active"] == 1
             assert said(control, router)[-1] == "data: [DONE]" and len(other.heads) == 1
             one._loop.call_soon_threadsafe(go_on.set)
-            asking.join(30)
+            asking.join(300)
             assert got[0][-1] == "data: [DONE]"
             while one.name in control.get(f"{router.url}/router/status").json()["replicas"]:
                 pass

@@ -1,10 +1,11 @@
 """The router over real sockets: before a real engine, and before replicas that fail on purpose."""
 
 import asyncio
+import contextlib
 import json
+import random
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +28,9 @@ ASK = {"prompt": "x" * 128, "user": "anna"}
 
 def routing(*urls: str, policy: RoutingPolicy | None = None, http: dict[str, Any] | None = None, **more: Any):
     settings = RouterConfig(
-        urls, ServerConfig(**{"port": 0, **(http or {})}), **{"health_interval_s": 0.1, "health_timeout_s": 1.0, **more}
+        urls,
+        ServerConfig(**{"port": 0, **(http or {})}),
+        **{"health_interval_s": 0.1, "health_timeout_s": 60.0, **more},
     )
     return BackgroundRouter(settings, policy or LeastLoad())
 
@@ -264,18 +267,18 @@ def test_a_replica_that_hangs_is_found_lost(http: httpx.Client) -> None:
         await asyncio.sleep(60)
 
     with RawReplica(hangs) as one, RawReplica(answers) as other:
-        settings = {"health_timeout_s": 0.2, "failures_allowed": 1}
+        settings = {"health_timeout_s": 0.5, "failures_allowed": 2}
         with routing(one.url, other.url, **settings) as router:
             got: list[httpx.Response] = []
             asking = threading.Thread(target=lambda: got.append(ask(http, router)))
             asking.start()
             eventually(lambda: len(one.heads) == 1)
 
-            async def stuck() -> None:
-                time.sleep(1.5)  # the whole process: nobody answers for its health either
-
-            one._loop.call_soon_threadsafe(asyncio.ensure_future, stuck())
-            asking.join(30)
+            # The whole process: nobody answers for its health either.
+            again = threading.Event()
+            one._loop.call_soon_threadsafe(again.wait)
+            asking.join(300)
+            again.set()
             assert got[0].status_code == 200 and got[0].headers["x-replica"] == other.name
             eventually(lambda: replica_of(router).state == "ready")
 
@@ -300,12 +303,8 @@ def test_a_slow_reader_holds_its_replica_back_and_is_cut_off(http: httpx.Client)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", int(router.url.rpartition(":")[2])))
         connection.sendall(request({**ASK, "stream": True}))
-        before = -1
-        while sent != before:  # it comes to a halt, long before the reader is cut off
-            before = sent
-            time.sleep(0.2)
-        assert 0 < sent < 32 * 2**20
         eventually(lambda: one.gone.is_set() and router.service.active == 0 == replica_of(router).active)
+        assert 0 < sent < 32 * 2**20  # all that there was room for, until the reader was cut off
         connection.close()
         one.script = answers
         assert ask(http, router).status_code == 200
@@ -349,7 +348,7 @@ def test_limits_and_keys(http: httpx.Client) -> None:
         busy = http.post(url, json=ASK, headers=ours)
         assert busy.status_code == 429 and code(busy) == "rate_limit_exceeded" and busy.headers["retry-after"] == "1"
         one._loop.call_soon_threadsafe(go_on.set)
-        asking.join(30)
+        asking.join(300)
         (head,) = one.heads
         assert "authorization: bearer theirs\r\n" in head and "x-client-id: anna\r\n" in head
         assert "x-request-id: " in head and "x-want-usage" not in head
@@ -395,8 +394,8 @@ def test_draining_a_replica_and_the_router(http: httpx.Client) -> None:
             refused = http.get(f"{router.url}/health")
         assert code(refused) == "shutting_down" == code(ask(http, router))
         one._loop.call_soon_threadsafe(go_on.set)
-        asking.join(30)
-        router._thread.join(30)
+        asking.join(300)
+        router._thread.join(300)
         assert got[0].status_code == 200 and not router._thread.is_alive()
         router.__exit__(None, None, None)
 
@@ -416,7 +415,7 @@ def test_shutting_down_ends_what_does_not_end_by_itself(http: httpx.Client) -> N
         asking.start()
         begun.wait()
         router.__exit__(None, None, None)
-        asking.join(30)
+        asking.join(300)
         assert got[0].status_code == 503 and code(got[0]) == "shutting_down"
 
 
@@ -434,9 +433,12 @@ def test_a_policy_that_fails_costs_no_request(http: httpx.Client) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """One that nobody is given who asks for any: it is still free a moment later."""
+    while True:
+        port = random.randrange(20_000, 30_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def test_routers_share_what_clients_have_had(http: httpx.Client) -> None:

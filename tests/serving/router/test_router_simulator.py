@@ -105,7 +105,7 @@ def test_locality_over_replicas_pays_and_stays_fair():
 
 def test_a_simulated_fleet_needs_no_jax():
     code = "import jaxstack.serving.router.simulator, launch.dlpm_study.simulated, sys; assert 'jax' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
 
 
 def test_no_replicas():
