@@ -17,7 +17,7 @@ from jaxstack.serving.semantic_cache.policy import NO_ENTRY
 # Rows from which on a graph pays.
 _GRAPH_FROM = 4096
 # Of the graph: links of a row, and how widely it is searched when a row is put in and when one is looked for.
-_LINKS, _ADD_WIDTH, _SEARCH_WIDTH = 16, 128, 48
+_LINKS, _ADD_WIDTH, _SEARCH_WIDTH = 16, 128, 80
 _LEAST_PROPOSED = 16
 # Share of the graph that may be deleted rows before it is built anew.
 _DEAD = 0.25

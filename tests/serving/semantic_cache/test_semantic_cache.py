@@ -131,6 +131,36 @@ def test_one_hot_vector_with_answers_by_chance_stays_within_delta():
         assert wrong / 1500 <= 0.05 + 3 * (0.05 / 1500) ** 0.5
 
 
+def test_a_batch_is_looked_up_as_its_requests_one_by_one():
+    fields = ("kind", "reason", "entry_id", "similarity", "alpha", "tau", "u")
+    with cache_of(policy="bayes", seed=7) as one, cache_of(policy="bayes", seed=7) as other:
+        for cache in (one, other):
+            for n in range(60):
+                ask(cache, f"{'abc'[n % 3]} {n % 5} {n}", answer="abc"[n % 3], tenant=f"t{n % 2}")
+                cache.flush()
+        texts = [(f"{'abcd'[n % 4]} {n % 6} new {n}", f"t{n % 3}") for n in range(40)] + [("a 0 0", "t0")]
+        requests = [one.scope.prompt(text, tenant=tenant) for text, tenant in texts]
+        whole = one.lookup(requests, 5.0)
+        single = [other.lookup([request], 5.0)[0] for request in requests]
+        assert {lookup.kind for lookup in whole} >= {"exact", "hit", "explore", "miss"}
+        for a, b in zip(whole, single):
+            assert [getattr(a, f) for f in fields] == [getattr(b, f) for f in fields]
+
+
+def test_a_request_may_ask_for_fewer_errors_and_never_for_more():
+    with cache_of(policy="bayes", delta=0.05, seed=7) as cache:
+        for n in range(80):
+            ask(cache, f"a {n % 40} {n}", answer="yes" if n % 40 < 20 else "no")
+            cache.flush()
+        taus = {}
+        for delta in (None, 0.5, 0.05, 0.001):
+            found = cache.lookup([cache.scope.prompt(f"a 18 {delta}", cache=delta and {"delta": delta})])[0]
+            taus[delta] = found.tau
+            cache.abandon(found)
+        assert taus[None] == pytest.approx(taus[0.5], abs=0.02)
+        assert taus[0.001] > taus[0.05]
+
+
 def test_an_exact_repeat_is_never_a_label():
     with cache_of(policy="bayes", delta=0.1) as cache:
         ask(cache, "a")
