@@ -16,7 +16,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxstack.models.activations import ACTIVATIONS
 from jaxstack.models.attention import FULL_WINDOW, Attend, LayerContext
@@ -93,8 +93,9 @@ class Decoder(nnx.Module):
         remat: Remat = "none",
         unroll: bool = False,
         compute_dtype: jnp.dtype | None = None,
+        places: Int[Array, "chosen"] | None = None,
         pin: Callable[[Float[Array, "... T D"]], Float[Array, "... T D"]] = lambda x: x,
-    ) -> tuple[Float[Array, "... T D"], Any]:
+    ) -> tuple[Float[Array, "... D"], Any]:
         """Everything up to and including the final norm.
 
         Args:
@@ -110,6 +111,9 @@ class Decoder(nnx.Module):
           unroll: compile every layer by itself instead of one for all: no layer's weights are cut out of their stack
             then, which makes a CPU's training step a few percent quicker, and compiling takes longer with every layer.
           compute_dtype: dtype of activations; None for the embedding's.
+          places: which of flat tokens `[T]` to return, `[chosen, D]`, as `rows_at` takes them; None for all. With
+            `unroll` the last layer then does nothing for the others but their keys and values (it still projects
+            queries of all, a small part, so that `attend` need not know).
           pin: called with the activations between layers: says where they lie on a mesh of devices.
         """
         hidden, cache, _ = self.hidden_and_routing(
@@ -124,6 +128,7 @@ class Decoder(nnx.Module):
             remat=remat,
             unroll=unroll,
             compute_dtype=compute_dtype,
+            places=places,
             pin=pin,
         )
         return hidden, cache
@@ -142,8 +147,9 @@ class Decoder(nnx.Module):
         remat: Remat = "none",
         unroll: bool = False,
         compute_dtype: jnp.dtype | None = None,
+        places: Int[Array, "chosen"] | None = None,
         pin: Callable[[Float[Array, "... T D"]], Float[Array, "... T D"]] = lambda x: x,
-    ) -> tuple[Float[Array, "... T D"], Any, RouterSums | None]:
+    ) -> tuple[Float[Array, "... D"], Any, RouterSums | None]:
         """`hidden`, and what the routers of all layers did with the tokens that are `counted`; None without `counted`
         or without experts.
         """
@@ -162,12 +168,14 @@ class Decoder(nnx.Module):
             scanned, layer_of = _per_layer(self.layers, segment, config)
 
             # The cache travels in the carry: as xs and ys of the scan it would be copied whole at every step.
-            def body(carry, xs, layer_of=layer_of):
+            def body(carry, xs, places=None, layer_of=layer_of):
                 x, cache = carry
                 weights, window, turn, index = xs
                 context = LayerContext(index, window, config.attention_scale, config.attention_softcap)
                 layer = layer_of(weights, index)
-                x, cache, sums = layer.routed(x, *rotation_of(turn), attend, context, cache, adapter_ids, counted)
+                x, cache, sums = layer.routed(
+                    x, *rotation_of(turn), attend, context, cache, adapter_ids, counted, places
+                )
                 return (pin(x), cache), sums
 
             if remat == "full":
@@ -180,9 +188,20 @@ class Decoder(nnx.Module):
 
             part = slice(segment.start, segment.stop)
             xs = (scanned, windows[part], rotations[part], indices[part])
+            # Unrolled, since a loop would need a copy of the other layers' weights; and routers are counted everywhere.
+            last_apart = unroll and places is not None and counted is None and segment.stop == config.num_layers
+            if last_apart:
+                leaves, tree = jax.tree.flatten(xs)
+                cuts = (jnp.split(x, [len(x) - 1]) for x in leaves)
+                xs, last = (jax.tree.unflatten(tree, part) for part in zip(*cuts))
             (x, cache), sums = jax.lax.scan(body, (x, cache), xs, unroll=unroll)
             if sums is not None:
                 routing.append(jax.tree.map(lambda s: jnp.sum(s, axis=0), sums))
+            if last_apart:
+                (x, cache), _ = body((x, cache), jax.tree.map(lambda x: x[0], last), places)
+                places = None
+        if places is not None:
+            x = rows_at(x, places)
         total = jax.tree.map(lambda *s: sum(s), *routing) if routing else None
         return self.final_norm(x), cache, total
 
@@ -196,6 +215,11 @@ class Decoder(nnx.Module):
             scores = self.embed.attend(hidden)
         cap = self.config.logits_softcap
         return scores if cap is None else cap * jnp.tanh(scores / cap)
+
+
+def rows_at(x: Shaped[Array, "T *rest"], places: Int[Array, "chosen"]) -> Shaped[Array, "chosen *rest"]:
+    """The rows of `x` at `places`, which ascend; zeros for a place of T or more."""
+    return x.at[places].get(mode="fill", fill_value=0, indices_are_sorted=True)
 
 
 def rotation_kinds(config: DecoderConfig) -> list[int]:
@@ -361,10 +385,16 @@ class DecoderLayer(nnx.Module):
         cache: Any,
         adapter_ids: Int[Array, "... T"] | None,
         counted: Bool[Array, "... T"] | None,
-    ) -> tuple[Float[Array, "... T D"], Any, RouterSums | None]:
-        """The layer, and what its router did with the tokens that are `counted`, if it has one."""
+        places: Int[Array, "chosen"] | None = None,
+    ) -> tuple[Float[Array, "... D"], Any, RouterSums | None]:
+        """The layer, and what its router did with the tokens that are `counted`, if it has one; with `places` the
+        result of those tokens alone, without `counted`.
+        """
         q, k, v = self.before_attention(x, cos, sin, adapter_ids)
         out, cache = attend(q, k, v, layer, cache)
+        if places is not None:
+            x, out = rows_at(x, places), rows_at(out, places)
+            adapter_ids = None if adapter_ids is None else rows_at(adapter_ids, places)
         x, sums = self.after_attention(x, out, adapter_ids, lambda h: self._feed_forward(h, adapter_ids, counted))
         return x, cache, sums
 

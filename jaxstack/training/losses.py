@@ -108,23 +108,18 @@ def cross_entropy(logits: Float[Array, "... T V"], targets: Targets) -> LossPart
     return LossParts(num, den, {"accuracy": (jax.lax.stop_gradient(correct), den)})
 
 
-def targets_only(
-    hidden: Float[Array, "tokens D"], targets: Targets, most: int
-) -> tuple[Float[Array, "most D"], Targets]:
-    """What the output matrix must see: the tokens with a weight, in order, then zeros of weight 0 up to `most` tokens.
+def target_places(targets: Targets, most: int) -> Int[Array, "most"]:
+    """Where the tokens with a weight are, in order, then the number of all tokens up to `most` places.
 
-    Prompts and padding are often half of a batch, and the output matrix is the largest of a small model.
+    Only they must be seen by the output matrix, the largest of a small model, and by what comes before it back to where
+    tokens last meet; prompts and padding are often half of a batch.
 
     Args:
+      targets: flat.
       most: at least as many as have a weight; what is beyond would be lost.
     """
     weights = targets["weights"]
-    places = jnp.nonzero(weights != 0, size=most, fill_value=weights.shape[0])[0]
-
-    def chosen(x: Array) -> Array:
-        return x.at[places].get(mode="fill", fill_value=0, indices_are_sorted=True)
-
-    return chosen(hidden), {name: chosen(x) for name, x in targets.items()}
+    return jnp.nonzero(weights != 0, size=most, fill_value=weights.shape[0])[0]
 
 
 def chunked(
@@ -134,26 +129,73 @@ def chunked(
     targets: Targets,
     chunk_tokens: int,
 ) -> LossParts:
-    """`loss_fn(logits_fn(hidden), targets)` for `chunk_tokens` tokens at a time, logits recomputed in the backward
-    pass.
+    """`loss_fn(logits_fn(hidden), targets)` for `chunk_tokens` tokens at a time, of which alone there are logits.
 
     For vocabularies whose [B, T, V] float32 logits would not fit. The last chunk is padded with weight 0.
+
+    Differentiated (by reverse mode), each chunk's gradient is taken while its logits are there, and scaled when the
+    backward pass comes: no product with the output matrix is done twice. Only `num` has gradients, with respect to
+    `hidden` and to what the two functions close over; targets are constants.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
     flat_targets = {k: v.reshape(-1) for k, v in targets.items()}
     pad = -flat.shape[0] % chunk_tokens
     flat = jnp.pad(flat, ((0, pad), (0, 0))).reshape(-1, chunk_tokens, flat.shape[-1])
     pieces = {k: jnp.pad(v, (0, pad)).reshape(-1, chunk_tokens) for k, v in flat_targets.items()}
+    first = jax.tree.map(lambda x: x[0], (flat, pieces))
+    one, parameters = jax.closure_convert(lambda hidden, targets: loss_fn(logits_fn(hidden), targets), *first)
+    return _summed(one, flat, parameters, pieces)
 
-    @jax.checkpoint
-    def one(piece):
-        piece_hidden, piece_targets = piece
-        return loss_fn(logits_fn(piece_hidden), piece_targets)
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed(one: Callable[..., LossParts], hidden: Array, parameters: list[Array], targets: Targets) -> LossParts:
+    """The sum of `one(hidden[i], targets[i], *parameters)`."""
 
     def body(total, piece):
-        return jax.tree.map(jnp.add, total, one(piece)), None
+        return jax.tree.map(jnp.add, total, one(*piece, *parameters)), None
 
-    first = jax.tree.map(lambda x: x[0], (flat, pieces))
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first))
-    total, _ = jax.lax.scan(body, zero, (flat, pieces))
+    total, _ = jax.lax.scan(body, _zeros_of(lambda: one(hidden[0], _at(targets, 0), *parameters)), (hidden, targets))
     return total
+
+
+def _summed_forward(one, hidden, parameters, targets):
+    # Of each argument we are told whether anyone asks for its gradient: of a frozen output matrix nobody does.
+    hidden, targets = hidden.value, {name: x.value for name, x in targets.items()}
+    wanted = [p.value for p in parameters if p.perturbed]
+
+    def numerator(hidden, wanted, targets):
+        given = iter(wanted)
+        parts = one(hidden, targets, *(next(given) if p.perturbed else p.value for p in parameters))
+        return parts.num, parts
+
+    def body(total, piece):
+        (_, parts), (d_hidden, d_wanted) = jax.value_and_grad(numerator, (0, 1), has_aux=True)(
+            piece[0], wanted, piece[1]
+        )
+        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, (parts, d_wanted)), d_hidden
+
+    zero = (
+        _zeros_of(lambda: one(hidden[0], _at(targets, 0), *(p.value for p in parameters))),
+        [jnp.zeros(p.shape, jnp.float32) for p in wanted],
+    )
+    (parts, d_wanted), d_hidden = jax.lax.scan(body, zero, (hidden, targets))
+    slopes = iter(d_wanted)
+    return parts, (d_hidden, [next(slopes).astype(p.value.dtype) if p.perturbed else None for p in parameters])
+
+
+def _summed_backward(one, kept, d_parts):
+    d_hidden, d_parameters = kept
+    if isinstance(d_parts.num, jax.custom_derivatives.SymbolicZero):
+        return None, None, None
+    return *jax.tree.map(lambda slope: (slope * d_parts.num).astype(slope.dtype), (d_hidden, d_parameters)), None
+
+
+_summed.defvjp(_summed_forward, _summed_backward, symbolic_zeros=True)
+
+
+def _at(tree, index: int):
+    return jax.tree.map(lambda x: x[index], tree)
+
+
+def _zeros_of(function: Callable[[], LossParts]) -> LossParts:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function))

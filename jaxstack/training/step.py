@@ -20,10 +20,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxstack.models import Decoder
-from jaxstack.models.decoder import Remat
+from jaxstack.models.decoder import Remat, rows_at
 from jaxstack.models.moe import RouterSums, load_balancing_loss
 from jaxstack.runtime.errors import UserError
-from jaxstack.training.losses import Batch, LossFn, LossParts, Targets, chunked, shift_targets, targets_only
+from jaxstack.training.losses import Batch, LossFn, LossParts, Targets, chunked, shift_targets, target_places
 from jaxstack.training.optimizer import Optimizer
 from jaxstack.training.packed_attention import packed_attention
 from jaxstack.training.sharding import Layout
@@ -108,14 +108,16 @@ def decoder_loss(
       remat, unroll, compute_dtype: as in `Decoder.hidden`.
       chunk_tokens: compute logits for so many tokens at a time; None for all at once.
       longest: no document has more tokens; None for the length of a row. See `packed_attention`.
-      most_targets: no microbatch has more target tokens; logits are computed for so many. None for every token.
+      most_targets: no microbatch has more target tokens; logits are computed for so many, and with `unroll` on one
+        device most of the last layer, too. None for every token.
       router_aux_loss_coef: of a mixture of experts, to add so many times its `load_balancing_loss` to the loss, and to
         log it as `router_aux_loss`; 0 only logs it, None leaves it out. Padding does not count. Not a mean over tokens,
         it is that of each microbatch, averaged over microbatches by their targets.
       layout: where parameters and rows lie, if there are several devices.
     """
     pin = layout.pin_rows if layout is not None else lambda x: x
-    attention: Literal["xla"] | None = None if layout is None or layout.alone else "xla"
+    alone = layout is None or layout.alone
+    attention: Literal["xla"] | None = None if alone else "xla"
 
     def loss(model: Decoder, batch: Batch) -> LossParts:
         if router_aux_loss_coef is not None and model.config.moe is None:
@@ -124,6 +126,13 @@ def decoder_loss(
         flat = {k: v.reshape(-1) for k, v in batch.items()}
         if layout is not None:
             model.embed.embedding.set_value(layout.pin_table(model.embed.embedding.get_value()))
+        targets = {k: v.reshape(-1) for k, v in shift_targets(batch).items()}
+        if "adapter_ids" in flat:  # of the tokens that predict, for the output head's own adapters
+            targets["adapter_ids"] = flat["adapter_ids"]
+        places = None
+        if most_targets is not None and most_targets < targets["weights"].shape[0]:
+            places = target_places(targets, most_targets)
+            targets = {name: rows_at(x, places) for name, x in targets.items()}
         hidden, _, routing = model.hidden_and_routing(
             flat["token_ids"],
             flat["positions"],
@@ -134,13 +143,11 @@ def decoder_loss(
             remat=remat,
             unroll=unroll,
             compute_dtype=compute_dtype,
+            places=places if alone else None,
             pin=pin,
         )
-        targets = {k: v.reshape(-1) for k, v in shift_targets(batch).items()}
-        if "adapter_ids" in flat:  # of the tokens that predict, for the output head's own adapters
-            targets["adapter_ids"] = flat["adapter_ids"]
-        if most_targets is not None and most_targets < hidden.shape[0]:
-            hidden, targets = targets_only(hidden, targets, most_targets)
+        if places is not None and not alone:
+            hidden = rows_at(hidden, places)
 
         def from_hidden(hidden: Array, targets: Targets) -> LossParts:
             # What was picked out of everyone's rows is dealt out anew, or each device would compute all of it.

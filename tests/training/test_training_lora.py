@@ -196,7 +196,10 @@ def test_the_heads_adapter_follows_adapter_ids_in_the_loss_too():
     nothing, one = (
         {**data, "adapter_ids": jnp.full(data["token_ids"].shape, adapter, jnp.int32)} for adapter in (0, 1)
     )
-    losses = [decoder_loss(cross_entropy, **options) for options in ({}, {"chunk_tokens": 5}, {"most_targets": 8})]
+    losses = [
+        decoder_loss(cross_entropy, **options)
+        for options in ({}, {"chunk_tokens": 5}, {"most_targets": 8, "unroll": True})
+    ]
     run = jax.jit(lambda batch: [loss(split.merge(params, frozen), batch).num for loss in losses])
     graphdef, state = nnx.split(plain)
     expected = jax.jit(lambda state: losses[0](nnx.merge(graphdef, state), data).num)(state)

@@ -152,30 +152,46 @@ def test_chunked_head_equals_the_plain_one():
 
     def plain(hidden, head):
         parts = cross_entropy(hidden @ head, targets)
-        return parts.num, parts
+        return 1.5 * parts.num, parts
 
     def cut(hidden, head):
         parts = chunked(cross_entropy, lambda h: h @ head, hidden, targets, 37)
-        return parts.num, parts
+        return 1.5 * parts.num, parts
 
     expected_grads, expected = jax.jit(jax.grad(plain, (0, 1), has_aux=True))(hidden, head)
     grads, parts = jax.jit(jax.grad(cut, (0, 1), has_aux=True))(hidden, head)
-    assert relative(parts.num, expected.num) < 1e-6 and relative(grads, expected_grads) < 1e-6
-    assert float(parts.den) == float(expected.den)
-    assert float(parts.aux["accuracy"][0]) == float(expected.aux["accuracy"][0])
+    for found in (parts, jax.jit(cut)(hidden, head)[1]):
+        assert relative(found.num, expected.num) < 1e-6
+        assert float(found.den) == float(expected.den)
+        assert float(found.aux["accuracy"][0]) == float(expected.aux["accuracy"][0])
+    assert relative(grads, expected_grads) < 1e-6
+    # A frozen head is multiplied twice by each chunk, one that learns three times; a backward pass not by any.
+    for argument, products in ((0, 2), ((0, 1), 3)):
+        text = str(jax.make_jaxpr(jax.grad(lambda *x: cut(*x)[0], argument))(hidden, head))
+        assert text.count("dot_general[") == products, text
+    assert not any(np.asarray(g).any() for g in jax.grad(lambda *x: cut(*x)[1].den, (0, 1))(hidden, head))
 
 
-@pytest.mark.parametrize("options", [{}, {"chunk_tokens": 13}, {"accum_steps": 3}])
-def test_logits_of_target_tokens_alone_give_the_same_loss_and_gradient(options):
+@pytest.mark.parametrize(
+    "options,spare",
+    [
+        ({}, 0),
+        ({"chunk_tokens": 13}, 3),
+        ({"accum_steps": 3}, 0),
+        ({"unroll": True, "chunk_tokens": 13}, 3),  # the last layer, too, without the other tokens
+        ({"unroll": True, "accum_steps": 3, "remat": "full"}, 0),
+    ],
+    ids=str,
+)
+def test_target_tokens_alone_give_the_same_loss_and_gradient(options, spare):
     data = batch(examples(5, seed=8), [[0, 1], [2], [3, 4]], 48, row_count=6)
     expected, expected_grads = gradients(data)
     weights = np.asarray(shift_targets(data)["weights"])
     fullest = int(weights.reshape(options.get("accum_steps", 1), -1).sum(-1).max())
-    for most in (fullest, fullest + 3):
-        parts, grads = gradients(data, most_targets=most, **options)
-        assert float(parts.den) == float(expected.den) > fullest // 2
-        assert relative(parts.num, expected.num) < 1e-6 and relative(grads, expected_grads) < 1e-5
-        assert float(parts.aux["accuracy"][0]) == float(expected.aux["accuracy"][0])
+    parts, grads = gradients(data, most_targets=fullest + spare, **options)
+    assert float(parts.den) == float(expected.den) > fullest // 2
+    assert relative(parts.num, expected.num) < 1e-6 and relative(grads, expected_grads) < 1e-5
+    assert float(parts.aux["accuracy"][0]) == float(expected.aux["accuracy"][0])
 
 
 def test_remat_chunks_and_unrolling_change_nothing():
