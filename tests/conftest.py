@@ -14,7 +14,7 @@ from jaxstack.runtime.compilation import use_compilation_cache
 # Folders and files whose tests' machine code is not optimised. XLA's own passes are the same either way.
 QUICKLY_COMPILED = {
     "launch", "serving", "test_training_chat", "test_training_flops", "test_training_generation", "test_training_lora",
-    "test_training_rl", "test_moe", "test_encoder", "test_decoder",
+    "test_training_rl", "test_moe", "test_encoder", "test_decoder", "test_adapter_slots",
 }  # fmt: skip
 # Where the files are that take longest: first, so that no worker is left with one alone at the end.
 LONGEST = ("launch", "fleet", "training", "engine", "pde", "models", "kernels", "serving")
