@@ -27,7 +27,7 @@ from typing import Any
 
 from absl import flags
 
-from jaxstack.fleet.controller import LocalProvisioner, Preemptor, ServiceSpec, load_service
+from jaxstack.fleet.controller import LocalProvisioner, Preemptor, Provisioner, ServiceSpec, load_service
 from jaxstack.fleet.controller.page import snapshot, table
 from jaxstack.fleet.controller.running import DOWN, FleetConfig, Stop, bring_down, run_fleet
 from jaxstack.fleet.controller.state import controller_of
@@ -147,20 +147,35 @@ async def _up(spec: ServiceSpec, folder: Path) -> dict[str, Any]:
         for line in content.get("lines", ()):
             print(f"    {line}", file=sys.stderr, flush=True)
 
-    provisioner: Any = None
-    if _PROVISIONER.value == "skypilot":
-        from jaxstack.fleet.controller.skypilot import SkyPilotProvisioner
+    taking: list[asyncio.Task[None]] = []
 
-        provisioner = SkyPilotProvisioner(spec)
-    else:
-        provisioner = LocalProvisioner(folder, spec.more.zones)
-    taking = [asyncio.create_task(work) for work in _takers(provisioner, stop)]
+    def make_provisioner() -> Provisioner:
+        provisioner: Any
+        if _PROVISIONER.value == "skypilot":
+            from jaxstack.fleet.controller.skypilot import SkyPilotProvisioner
+
+            provisioner = SkyPilotProvisioner(spec)
+        else:
+            provisioner = LocalProvisioner(folder, spec.more.zones)
+        taking.extend(asyncio.create_task(work) for work in _takers(provisioner, stop))
+        for task in taking:
+            task.add_done_callback(_taken)
+        return provisioner
+
     try:
-        return await run_fleet(spec, config, stop, provisioner=provisioner, on_proxy=on_proxy, on_event=on_event)
+        return await run_fleet(
+            spec, config, stop, make_provisioner=make_provisioner, on_proxy=on_proxy, on_event=on_event
+        )
     finally:
         for task in taking:
             task.cancel()
         await asyncio.gather(*taking, return_exceptions=True)
+
+
+def _taken(task: asyncio.Task[None]) -> None:
+    """Whoever takes replicas away does so no more."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        print(f"no replica is taken away any more: {error}", file=sys.stderr, flush=True)
 
 
 def _takers(provisioner: Any, stop: Stop) -> list[Any]:
@@ -171,7 +186,16 @@ def _takers(provisioner: Any, stop: Stop) -> list[Any]:
         raise job.BadUsage("--preempt_every_s, --trace: only for replicas of this machine")
     preemptor = Preemptor(provisioner, _SEED.value)
     if _TRACE.value is not None:
-        return [preemptor.follow(load_trace_dir(_TRACE.value), stop.asked, speed=_SPEED.value)]
+        trace = load_trace_dir(_TRACE.value)
+        zones = list(provisioner.capacities())
+        if len(trace.zones) < len(zones):
+            raise UserError(
+                f"--trace: found {len(trace.zones)} zones in {_TRACE.value}, expected one for each of "
+                f"{', '.join(zones)}"
+            )
+        played = ", ".join(f"{zone} as {theirs}" for zone, theirs in zip(zones, trace.zones))
+        print(f"zones give and take as in the trace: {played}", file=sys.stderr, flush=True)
+        return [preemptor.follow(trace, stop.asked, speed=_SPEED.value)]
 
     every_s = float(_PREEMPT.value or 0.0)
 
@@ -209,8 +233,11 @@ def _down(folder: Path) -> dict[str, Any]:
         return {"ended": asyncio.run(bring_down(folder)), "controller": None}
     (folder / DOWN).touch()
     print(f"asked the controller, process {controller}, to drain and end the service", file=sys.stderr, flush=True)
-    until = time.monotonic() + _WAIT.value
+    until, left = time.monotonic() + _WAIT.value, None
     while controller_of(folder) == controller:
+        if (now := sum(not row["ended"] for row in snapshot(folder)["replicas"])) != left:
+            left = now
+            print(f"{left} replicas left", file=sys.stderr, flush=True)
         if time.monotonic() > until:
             raise UserError(f"down: the controller, process {controller}, is still there after {_WAIT.value:g} s")
         time.sleep(0.2)

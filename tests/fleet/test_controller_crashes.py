@@ -171,6 +171,40 @@ def test_who_never_answers_and_who_stops_answering(tmp_path: Path) -> None:
     asyncio.run(history())
 
 
+def test_a_probe_that_hangs_holds_up_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxstack.fleet.controller.controller._AT_ONCE_S", 0.002)
+    world = World(tmp_path)
+
+    async def history() -> None:
+        await world.run(30)
+        world.check_settled(4)
+        slow, victim = sorted(world.machines.alive)[:2]
+        answered, probe, asked = asyncio.Event(), world.machines.probe, 0
+
+        async def hangs(url: str, how: ReadinessProbe) -> bool:
+            nonlocal asked
+            if url == f"http://{slow}:1":
+                asked += 1
+                await answered.wait()
+                return False
+            return await probe(url, how)
+
+        world.controller._probe_replica = hangs
+        await world.run(4)
+        assert asked == 1
+        world.machines.instances[victim].alive = False
+        await world.run(20)
+        world.check_settled(4)
+        assert asked == 1 and victim not in world.machines.alive
+        answered.set()
+        await world.turn()
+        row = world.state.replica(slow)
+        assert row is not None and row.state is ReplicaState.NOT_READY
+        await world.controller.close()
+
+    asyncio.run(history())
+
+
 def test_scaling_by_requests_from_zero_and_back(tmp_path: Path) -> None:
     scaler = lambda: RequestRateAutoscaler(0, 3, 0.5, upscale_delay_s=5, downscale_delay_s=10)  # noqa: E731
     world = World(tmp_path, scaler)

@@ -1,11 +1,13 @@
 """Replicas that are real processes: started once, found again, killed whole, kept by controllers that are killed."""
 
 import asyncio
+import contextlib
 import dataclasses
 import importlib.util
 import os
 import random
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,8 +21,8 @@ from jaxstack.fleet.controller import Controller, FleetState, LaunchFailed, Loca
 from jaxstack.fleet.controller.controller import Service
 from jaxstack.fleet.controller.page import build_page, snapshot, table
 from jaxstack.fleet.controller.proxy import HttpProbe, ProxyProcess
-from jaxstack.fleet.controller.running import bring_down
-from jaxstack.fleet.controller.service_spec import ReadinessProbe, VirtualZone
+from jaxstack.fleet.controller.running import FleetConfig, Stop, bring_down, run_fleet
+from jaxstack.fleet.controller.service_spec import ReadinessProbe, VirtualZone, read_service
 from jaxstack.fleet.spot.autoscaling import FixedTarget
 from jaxstack.fleet.spot.placement import Backoff
 from jaxstack.fleet.spot.policy import spothedge
@@ -132,6 +134,31 @@ def test_a_zone_is_full_and_the_preemptor_takes_what_is_too_much(place: LocalPro
     assert place.capacities() == {"a": 0, "b": 3, "c": 3}
 
 
+def test_a_zone_has_room_for_one_of_two_that_come_at_once(place: LocalProvisioner) -> None:
+    place.set_capacities({"a": 1, "b": 3})  # and nothing is known of c any more
+
+    async def both() -> list[object]:
+        asked = [place.launch(f"s-{n}", zone, "spot", SPEC) for n, zone in enumerate("aac")]
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    first, second, third = asyncio.run(both())
+    assert getattr(first, "pid", None) and isinstance(second, LaunchFailed) and isinstance(third, LaunchFailed)
+    assert alive(place) == ["s-0"]
+    asyncio.run(place.terminate("s-0"))
+    assert asyncio.run(place.launch("s-3", "a", "spot", SPEC)).pid
+
+
+def test_one_that_is_ended_before_it_has_said_its_number(place: LocalProvisioner) -> None:
+    for number in range(5):
+        folder = place.folder / "replicas" / f"s-{number}"
+        place._start(folder, "a", "spot", SPEC)
+        if number % 2:
+            until((folder / "started").exists)
+        asyncio.run(place.terminate(folder.name))
+        until(lambda: not any(child.poll() is None for child in place._children))
+        assert alive(place) == []
+
+
 def test_nobody_else_is_killed_for_a_number_that_is_used_again(place: LocalProvisioner) -> None:
     handle = asyncio.run(place.launch("s-1", "a", "spot", SPEC))
     file = place.folder / "replicas" / "s-1" / "process"
@@ -164,6 +191,34 @@ def test_the_proxy_is_kept_and_found_again(tmp_path: Path, monkeypatch: pytest.M
         await proxy._place.observe()
 
     asyncio.run(life())
+
+
+def test_a_foreign_server_is_not_taken_for_the_proxy(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        proxy = ProxyProcess(tmp_path, "sleep 60", taken.getsockname()[1])
+        with pytest.raises(LaunchFailed, match=r"cannot listen on 127\.0\.0\.1"):
+            asyncio.run(proxy.keep())
+    assert proxy.pid is None and not list((tmp_path / "replicas").iterdir())
+
+
+def test_a_second_up_changes_nothing_of_the_first(tmp_path: Path) -> None:
+    content = {"service": {"readiness_probe": "/", "replicas": 1}, "run": "serve", "jaxstack": {"zones": ["x"]}}
+    LocalProvisioner(tmp_path, ZONES)
+    before = (tmp_path / "zones.json").read_text()
+    state = FleetState(tmp_path, durable=False)
+    with contextlib.closing(state), pytest.raises(UserError, match=f"another controller, process {os.getpid()}"):
+        asyncio.run(run_fleet(read_service(content), FleetConfig(tmp_path, "sleep 60"), Stop()))
+    assert (tmp_path / "zones.json").read_text() == before and not (tmp_path / "proxy").exists()
+
+
+def test_what_is_on_clouds_is_not_ended_from_here(tmp_path: Path) -> None:
+    with contextlib.closing(FleetState(tmp_path, durable=False)) as state, state.transaction("x"):
+        state.put("service", {"name": "s", "local": False})
+        state.add("s", "gcp/us-central1", "spot", 1, "because")
+    with pytest.raises(UserError, match="on clouds"):
+        asyncio.run(bring_down(tmp_path))
+    (row,) = snapshot(tmp_path)["replicas"]
+    assert not row["ended"]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -236,7 +291,6 @@ def test_the_page_and_what_it_reads(tmp_path: Path) -> None:
 
 
 def test_clouds_are_for_who_has_the_package() -> None:
-    from jaxstack.fleet.controller import read_service
     from jaxstack.fleet.controller.skypilot import SkyPilotProvisioner, reason_of
 
     places = [{"cloud": "gcp", "region": "us-central1"}, {"cloud": "aws", "region": "us-east-2", "zone": "us-east-2a"}]

@@ -63,5 +63,5 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
         done = fleet("up", str(tmp_path / "service.yaml"), f"--workdir={tmp_path / 'fleet'}", f"--port={port}")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert "proxy: it does not answer" in said and f"cannot listen on 127.0.0.1:{port}" in said
+    assert "error: proxy: " in said and f"cannot listen on 127.0.0.1:{port}" in said
     assert not list((tmp_path / "fleet" / "replicas").iterdir())  # nothing was started for nobody

@@ -11,11 +11,10 @@ one that has ended, the instance is terminated; an intent without a result, done
 
 import asyncio
 import collections
-import contextlib
 import dataclasses
 import logging
-from collections.abc import Awaitable, Callable
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Coroutine
+from typing import Any, NamedTuple, Protocol
 
 from jaxstack.fleet.controller.provisioner import Handle, LaunchFailed, Observation, Provisioner, ReplicaSpec
 from jaxstack.fleet.controller.service_spec import ReadinessProbe
@@ -29,7 +28,7 @@ _RATE_WINDOW_S = 60.0
 _LAST_LINES = 20
 # Until its first answer a replica is probed at least this often: it may be needed.
 _STARTING_PROBE_S = 1.0
-# A launch that fails at once is followed by the next choice in the same turn.
+# A launch that fails at once is followed by the next choice in the same turn; so long is a probe waited for, too.
 _AT_ONCE_S = 0.3
 
 
@@ -54,7 +53,7 @@ class Proxy(Protocol):
         ...
 
 
-Probe = Callable[[str, ReadinessProbe], Awaitable[bool]]
+Probe = Callable[[str, ReadinessProbe], Coroutine[Any, Any, bool]]
 """Whether the replica at a URL answers its probe."""
 
 
@@ -110,6 +109,7 @@ class Controller:
         self._stopping = False
         self._launching: dict[str, asyncio.Task[Handle]] = {}
         self._probed_s: dict[str, float] = {}
+        self._probing: dict[str, asyncio.Task[bool]] = {}
         self._arrivals: collections.deque[tuple[float, int]] = collections.deque()
         self._lost: dict[str, float] = {}
         self._active: dict[str, int] | None = None
@@ -138,13 +138,6 @@ class Controller:
                 log.error("nothing is decided for the moment: %s", error, exc_info=error)
             self.trouble = str(error) or repr(error)
 
-    async def run(self, stop: asyncio.Event, every_s: float = 0.5) -> None:
-        """Turns until `stop` is set."""
-        while not stop.is_set():
-            await self.step()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), every_s)
-
     async def shut_down(self, hurry: asyncio.Event | None = None, every_s: float = 0.2) -> None:
         """Drains and ends every replica; at once when `hurry` is set."""
         self._stopping = True
@@ -163,16 +156,21 @@ class Controller:
         await self._look()  # what nobody knows of
 
     async def close(self) -> None:
-        """Forgets what is being launched; the next controller finds the intents."""
-        for task in self._launching.values():
+        """Forgets what is being launched and probed; the next controller finds the intents."""
+        tasks: list[asyncio.Task[Any]] = [*self._launching.values(), *self._probing.values()]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._launching.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._launching.clear()
+        self._probing.clear()
 
     # Looking.
 
     async def _look(self) -> None:
         """Compares what there is with what is written down."""
+        launching = set(
+            self._launching
+        )  # what is launched while the provisioner looks need not be among what it has seen
         seen = {o.replica_id: o for o in await self.provisioner.observe()}
         await self._finish_launches(seen)
         rows = {row.id: row for row in self.state.replicas()}
@@ -187,10 +185,10 @@ class Controller:
                         await self._gone(row, observed)
                     else:
                         self._launch(row)
-            elif not alive and row.id not in self._launching:
+            elif not alive and row.id not in launching:
                 await self._gone(row, observed)
         for observed in seen.values():
-            if observed.alive and observed.replica_id not in rows and observed.replica_id not in self._launching:
+            if observed.alive and observed.replica_id not in rows and observed.replica_id not in launching:
                 log.warning("replica %s is nobody's; it is ended", observed.replica_id)
                 await self.provisioner.terminate(observed.replica_id)
 
@@ -240,21 +238,28 @@ class Controller:
 
     async def _probe(self) -> None:
         now_s = self.state.now_s
-        due = []
-        for row in self.state.replicas():
-            if row.state in (ReplicaState.STARTING, ReplicaState.READY, ReplicaState.NOT_READY) and row.url:
-                every_s = self.service.probe.interval_s
-                if row.state is not ReplicaState.READY:
-                    every_s = min(every_s, _STARTING_PROBE_S)
-                if now_s - self._probed_s.get(row.id, float("-inf")) >= every_s:
-                    self._probed_s[row.id] = now_s
-                    due.append(row)
-        answers = await asyncio.gather(*(self._probe_replica(row.url or "", self.service.probe) for row in due))
-        for row, ready in zip(due, answers):
+        rows = {
+            row.id: row
+            for row in self.state.replicas()
+            if row.state in (ReplicaState.STARTING, ReplicaState.READY, ReplicaState.NOT_READY) and row.url
+        }
+        for row in rows.values():
+            every_s = self.service.probe.interval_s
+            if row.state is not ReplicaState.READY:
+                every_s = min(every_s, _STARTING_PROBE_S)
+            if row.id not in self._probing and now_s - self._probed_s.get(row.id, float("-inf")) >= every_s:
+                self._probed_s[row.id] = now_s
+                self._probing[row.id] = asyncio.ensure_future(self._probe_replica(row.url or "", self.service.probe))
+        if self._probing:  # one that hangs holds up no turn
+            await asyncio.wait(self._probing.values(), timeout=_AT_ONCE_S)
+        for name in [name for name, task in self._probing.items() if task.done()]:
+            ready, asked = self._probing.pop(name).result(), rows.get(name)
+            if asked is None:  # it has ended meanwhile, or is about to
+                continue
             if ready:
-                self._answers(row)
+                self._answers(asked)
             else:
-                await self._answers_not(row)
+                await self._answers_not(asked)
 
     def _answers(self, row: ReplicaRow) -> None:
         if row.state is ReplicaState.READY:

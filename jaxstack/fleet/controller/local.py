@@ -34,10 +34,14 @@ _PORTS = (18_000, 32_000)
 # A shell was asked to say how its command ended and could not: it was killed with it.
 _KILLED = 128 + signal.SIGKILL
 
+# Whoever ends a replica writes `ended` and then looks for its process; this does it the other way round, so that one of
+# the two sees the other. One whose number cannot be written, on a full disk, does not run: nobody could end it.
 _START = """
 mkdir "$FLEET_REPLICA/started" 2>/dev/null || exit 0
 if [ -r /proc/$$/stat ]; then start=$(cut -d' ' -f22 /proc/$$/stat); else start=$(ps -o lstart= -p $$); fi
-echo "$$ $start" > "$FLEET_REPLICA/process.new" && mv "$FLEET_REPLICA/process.new" "$FLEET_REPLICA/process"
+echo "$$ $start" > "$FLEET_REPLICA/process.new" || exit 1
+mv "$FLEET_REPLICA/process.new" "$FLEET_REPLICA/process" || exit 1
+[ -e "$FLEET_REPLICA/ended" ] && exit 0
 ( eval "$FLEET_SETUP" ) && ( eval "$FLEET_RUN" ) &
 wait $!
 status=$?
@@ -61,6 +65,8 @@ class LocalProvisioner:
         self.folder, self._zones = Path(folder), {zone.name: zone for zone in zones}
         self._envs = dict(envs or {})
         self._children: list[subprocess.Popen[bytes]] = []
+        # Spot replicas that have been started and cannot be seen yet -> their zone.
+        self._arriving: dict[str, str] = {}
         self._rng = random.SystemRandom()
         self._replicas.mkdir(parents=True, exist_ok=True)
         known = self.capacities()
@@ -93,18 +99,24 @@ class LocalProvisioner:
         if not (folder / "started").exists():
             if zone not in self._zones:
                 raise LaunchFailed("other", f"zone {zone!r} is none of {', '.join(self._zones)}")
-            held = sum(o.alive and o.zone == zone and o.kind == "spot" for o in self.observed())
-            if kind == "spot" and held >= self.capacities()[zone]:
+            here = {o.replica_id for o in self.observed() if o.alive and o.zone == zone and o.kind == "spot"}
+            held = len(here | {name for name, where in self._arriving.items() if where == zone})
+            if kind == "spot" and held >= self.capacities().get(zone, 0):
                 raise LaunchFailed("capacity", f"{zone} has no room for another spot replica ({held} there)")
             try:
                 self._start(folder, zone, kind, spec)
             except OSError as error:
                 raise LaunchFailed("other", f"the process cannot be started ({error})") from None
-        for _ in range(200):
-            observed = self._observe_one(folder)
-            if observed is not None and observed.handle.pid is not None:
-                return observed.handle
-            await asyncio.sleep(0.02)
+            if kind == "spot":
+                self._arriving[replica_id] = zone
+        try:
+            for _ in range(200):
+                observed = self._observe_one(folder)
+                if observed is not None and observed.handle.pid is not None:
+                    return observed.handle
+                await asyncio.sleep(0.02)
+        finally:
+            self._arriving.pop(replica_id, None)
         raise LaunchFailed("other", f"{folder} says nothing of its process")
 
     async def observe(self) -> Sequence[Observation]:
@@ -124,6 +136,7 @@ class LocalProvisioner:
             child.poll()
         with contextlib.suppress(OSError):
             (folder / "ended").touch()
+            self.kill(replica_id)  # its process had not said its number before
             self._forget_ended()
 
     def kill(self, replica_id: str) -> int:
@@ -145,7 +158,9 @@ class LocalProvisioner:
 
     async def last_lines(self, replica_id: str, count: int) -> list[str]:
         try:
-            text = (self._replicas / replica_id / "log").read_bytes()[-65536:].decode("utf-8", "replace")
+            with self.log_file(replica_id).open("rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - 65536))
+                text = log.read().decode("utf-8", "replace")
         except OSError:
             return []
         return [line for line in text.splitlines() if line.strip()][-count:]

@@ -6,6 +6,7 @@ ready.
 
 import contextlib
 import json
+import socket
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import httpx
 
 from jaxstack.fleet.controller.controller import Traffic
 from jaxstack.fleet.controller.local import LocalProvisioner
-from jaxstack.fleet.controller.provisioner import Observation, ReplicaSpec
+from jaxstack.fleet.controller.provisioner import LaunchFailed, Observation, ReplicaSpec
 from jaxstack.fleet.controller.service_spec import ReadinessProbe, VirtualZone
 from jaxstack.runtime.errors import UserError
 from jaxstack.runtime.metrics import write_atomically
@@ -61,6 +62,13 @@ class ProxyProcess:
             return False
         await self.stop()
         self._started_s = time.monotonic()
+        with socket.socket() as probe:
+            # Whoever has the port would be taken for the proxy, and be told of these replicas.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", self.port))
+            except OSError as error:
+                raise LaunchFailed("other", f"cannot listen on 127.0.0.1:{self.port} ({error.strerror})") from None
         self._number += 1
         write_atomically(self._known, json.dumps({"number": self._number, "port": self.port}))
         spec = ReplicaSpec(self._command, envs={"ROUTER_PORT": str(self.port)})

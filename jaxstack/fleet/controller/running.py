@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import logging
 import os
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ log = logging.getLogger(__name__)
 DOWN = "down"
 """A file of that name in a fleet's folder asks its controller to bring the service down."""
 _PROXY_S = 120.0
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,26 +68,45 @@ async def run_fleet(
     config: FleetConfig,
     stop: Stop,
     *,
-    provisioner: Provisioner | None = None,
+    make_provisioner: Callable[[], Provisioner] | None = None,
     on_proxy: Callable[[str, str | None], None] = lambda url, page: None,
     on_event: Callable[[str, str | None, dict[str, Any]], None] = lambda what, replica, content: None,
 ) -> dict[str, Any]:
     """Keeps a service running until `stop`, then drains and ends it. Returns a summary.
 
     Args:
-      provisioner: who has the machines; by default this one, with the zones of the service file.
+      make_provisioner: makes the one who has the machines, once the folder is ours; by default this machine, with the
+        zones of the service file.
       on_proxy: told the URLs of proxy and page when requests are taken.
       on_event: told what is written into the log.
 
     Raises:
-      UserError: another controller has the folder; or a port cannot be had.
+      UserError: another controller has the folder; a port cannot be had; or nothing can be written down any more.
     """
+    try:
+        return await _run_fleet(spec, config, stop, make_provisioner, on_proxy, on_event)
+    except (sqlite3.Error, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _OF_DISKS:
+            raise
+        left = f"what runs is left running; when that is mended, end it with: down --workdir={config.folder}"
+        raise UserError(f"workdir: {config.folder} cannot be used ({error}); {left}") from error
+
+
+async def _run_fleet(
+    spec: ServiceSpec,
+    config: FleetConfig,
+    stop: Stop,
+    make_provisioner: Callable[[], Provisioner] | None,
+    on_proxy: Callable[[str, str | None], None],
+    on_event: Callable[[str, str | None, dict[str, Any]], None],
+) -> dict[str, Any]:
     if spec.tls is not None:
         raise UserError("service.tls: not supported by this proxy; put one that ends TLS before it")
     state = FleetState(config.folder, durable=config.durable)
     with contextlib.closing(state), contextlib.ExitStack() as opened:
         (config.folder / DOWN).unlink(missing_ok=True)
-        provisioner = provisioner or LocalProvisioner(config.folder, spec.more.zones)
+        local = lambda: LocalProvisioner(config.folder, spec.more.zones)  # noqa: E731
+        provisioner = (make_provisioner or local)()
         proxy = ProxyProcess(config.folder / "proxy", config.router_command, config.port)
         page = None
         if config.page_port is not None:
@@ -94,7 +116,8 @@ async def run_fleet(
         with state.transaction("start"):
             what = {"run": spec.run, "setup": spec.setup, "envs": dict(spec.envs), "workdir": spec.workdir}
             version = state.put_version({**what, "resources": spec.content.get("resources")})
-            state.put("service", {"name": spec.name, "page": page, "zones": list(provisioner.zones())})
+            where = {"zones": list(provisioner.zones()), "local": isinstance(provisioner, LocalProvisioner)}
+            state.put("service", {"name": spec.name, "page": page, **where})
             state.put("proxy", {"url": proxy.url})
             state.event("controller started", None, pid=os.getpid(), version=version)
         service = Service(
@@ -104,9 +127,10 @@ async def run_fleet(
             controller = Controller(
                 service, policy_of(spec), provisioner, state, router, probe, decide_every_s=config.decide_every_s
             )
-            await _start_proxy(proxy, router)
-            on_proxy(proxy.url, page)
             told = state.last_event()
+            await _start_proxy(proxy, router, stop, lambda: on_event("waiting for the endpoint to answer", None, {}))
+            if not stop.asked.is_set():
+                on_proxy(proxy.url, page)
             while not stop.asked.is_set():
                 await _keep(proxy)
                 await controller.step()
@@ -140,10 +164,15 @@ async def bring_down(folder: Path) -> int:
     """Ends what a controller that is no more has left: replicas and proxy, without draining. Returns how many replicas.
 
     Raises:
-      UserError: there is no fleet, or its controller runs.
+      UserError: there is no fleet, its controller runs, or its replicas are not on this machine.
     """
     state = FleetState(folder)
     with contextlib.closing(state):
+        if state.replicas() and not (state.get("service") or {}).get("local", True):
+            raise UserError(
+                f"down: the replicas of {folder} are on clouds, which only a controller can end; start it again with "
+                "up --provisioner=skypilot, and bring it down then"
+            )
         provisioner = LocalProvisioner(folder, [])
         ended = {row.id for row in state.replicas()}
         ended |= {o.replica_id for o in await provisioner.observe() if o.alive}
@@ -159,15 +188,21 @@ async def bring_down(folder: Path) -> int:
     return len(ended)
 
 
-async def _start_proxy(proxy: ProxyProcess, router: RouterClient) -> None:
+async def _start_proxy(proxy: ProxyProcess, router: RouterClient, stop: Stop, waiting: Callable[[], None]) -> None:
+    """Returns when the proxy answers, or `stop` is asked; `waiting` is called where that takes long."""
+    found = proxy.pid is not None
     await _keep(proxy, strict=True)
-    for _ in range(int(_PROXY_S / 0.1)):
+    for turn in range(int(_PROXY_S / 0.1)):
         if proxy.pid is None:  # it has ended
             break
-        if await router.traffic() is not None:
+        if await router.traffic() is not None or stop.asked.is_set():
             return
+        if turn == 50:
+            waiting()
         await asyncio.sleep(0.1)
     lines = await proxy.last_lines(1)
+    if not found:
+        await proxy.stop()
     raise UserError(f"proxy: it does not answer at {proxy.url}: {(lines or ['it said nothing'])[-1]}")
 
 

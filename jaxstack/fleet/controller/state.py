@@ -264,9 +264,12 @@ def controller_of(folder: str | Path) -> int | None:
 def _lock(folder: Path) -> Any:
     # The kernel takes the lock back from whoever is killed.
     lock = os.fdopen(os.open(folder / "controller.lock", os.O_RDWR | os.O_CREAT, 0o644), "r+")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    for _ in range(5):
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        time.sleep(0.02)  # somebody may only be asking whose it is (`controller_of`)
+    else:
         lock.seek(0)
         holder = lock.read().strip() or "unknown"
         lock.close()
