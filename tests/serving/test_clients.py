@@ -141,3 +141,17 @@ def test_many_clients_become_few_rows():
     rows = of_clients(reading(100), limit=50, first=["c99", ANONYMOUS])
     assert {"c99", ANONYMOUS} <= {row.client for row in rows} and len(rows) == 51
     assert len(of_clients(reading(3))) == 4, "the nameless and the anonymous are one"
+
+
+@pytest.mark.parametrize(
+    ("caller", "tenant"),
+    [
+        (Caller(owner="acme", named="zeta"), "key:acme"),
+        (Caller(named="acme"), "client:acme"),  # not the owner of the key
+        (Caller(named="  ", address="10.0.0.1"), ""),
+        (Caller(address="10.0.0.1"), ""),
+    ],
+)
+def test_whose_cached_answers_it_may_have(caller, tenant):
+    """Keys and what a gateway vouches for; two kinds of name that never meet. Addresses are nobody's."""
+    assert caller.tenant == tenant

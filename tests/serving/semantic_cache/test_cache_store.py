@@ -70,8 +70,10 @@ def test_a_restart_changes_no_decision(tmp_path):
             assert cache.stats("").entries == first.stats("").entries
             assert cache.repeat(cache.scope.prompt("gone#0")) is None
             assert cache.repeat(cache.scope.prompt("a#0")).kind == "exact"
-            found = [ask(cache, f"{word}#x{n}", word) for n in range(40) for word in "ab"]
-            cache.flush()
+            found = []
+            for n in range(80):
+                found.append(ask(cache, f"{'ab'[n % 2]}#x{n}", "ab"[n % 2]))
+                cache.flush()  # labels come when they come; here, before the next request
             decisions.append([(f.kind, f.entry_id, f.similarity, f.alpha, f.tau, f.u) for f in found])
             error = cache.stats("").error, cache.stats("").labels
         decisions[-1].append(error)

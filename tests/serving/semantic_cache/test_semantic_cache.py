@@ -77,13 +77,14 @@ def test_the_cache_learns_whether_near_requests_have_the_same_answer():
         ask(cache, "a")
         for n in range(200):
             ask(cache, f"a {n % 7 + 1} {n}")  # another text each time, a few degrees away
-        cache.flush()
+            cache.flush()
         stats = cache.stats("")
         assert stats.requests["hit"] > 120
         assert stats.labels == stats.requests["explore"]
         assert stats.entries == 1 + stats.requests["explore"]  # for the exact tier; none of them answers others
         for n in range(200):
             ask(cache, f"b {n % 7 + 1} {n}", answer=f"answer {n}")
+            cache.flush()
         after = cache.stats("")
         wrong = after.requests["hit"] - stats.requests["hit"]
         assert wrong / 400 <= 0.1  # of all requests
