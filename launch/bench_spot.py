@@ -11,6 +11,7 @@ wrapper around the published loop is for whoever may use it to write.
 """
 
 import importlib.util
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -50,7 +51,7 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
 def measure(trace: SpotTrace, name: str, cold_start_s: float) -> dict[str, Any]:
     """One policy on one trace."""
     make = lambda: POLICIES[name](trace, _TARGET.value, 1)  # noqa: E731
-    cold_ticks = round(cold_start_s / TICK_S)
+    cold_ticks = math.ceil(cold_start_s / TICK_S - 1e-9)  # as the simulator rounds
     ours_s, ours = timed(lambda: simulate(trace, make(), cold_start_s=cold_start_s))
     naive_s, naive = timed(lambda: simulate_plainly(trace, make(), tick_s=TICK_S, cold_ticks=cold_ticks))
     windowed_s, _ = timed(lambda: ready_by_windowed_minimum(ours.spot_by_zone, cold_ticks))
@@ -75,19 +76,32 @@ def artifact_ticks_per_s(trace: SpotTrace, cold_start_s: float) -> float | None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     capacity = trace.ticks(TICK_S)
-    taken_s, _ = timed(lambda: module.run(capacity, _TARGET.value, 1, round(cold_start_s / TICK_S)))
+    taken_s, _ = timed(lambda: module.run(capacity, _TARGET.value, 1, math.ceil(cold_start_s / TICK_S - 1e-9)))
     return capacity.shape[1] / taken_s
+
+
+def _cold_starts() -> list[float]:
+    try:
+        found = [float(text) for text in _COLD.value]
+    except ValueError:
+        found = [math.nan]
+    if not all(0 < seconds < math.inf for seconds in found):
+        raise job.BadUsage(f"--cold_start_s: found {','.join(_COLD.value)!r}, expected numbers of seconds > 0")
+    return found
 
 
 def run() -> dict[str, Any]:
     unknown = set(_BENCH_POLICIES.value) - POLICIES.keys()
     if unknown:
         raise job.BadUsage(f"--policies: found {sorted(unknown)[0]!r}, expected some of {', '.join(POLICIES)}")
+    cold_starts = _cold_starts()
+    if not (_SETS.value and _BENCH_POLICIES.value and cold_starts):
+        raise job.BadUsage("--sets, --policies, --cold_start_s: found none, expected at least one of each")
     summary: dict[str, Any] = {}
     print(f"{'set':<8}{'policy':<14}{'cold s':>8}{'ticks/s':>12}{'x naive':>10}{'x windowed':>12}", file=sys.stderr)
     for traces in _SETS.value:
         (trace,) = synthetic_windows(traces, 1)
-        for cold in map(float, _COLD.value):
+        for cold in cold_starts:
             for name in _BENCH_POLICIES.value:
                 row = measure(trace, name, cold)
                 summary[f"{traces}, {name}, {cold:g} s"] = row

@@ -34,7 +34,7 @@ def run(workdir: Path, *, scale: str) -> Mapping[str, Any]:
     if scale == "full":
         raise UserError(
             "--scale=full: measure a profile of every type with `python -m launch.profile_endpoint`, and plan with "
-            "`python -m launch.allocate --profile=FILES`: there is no full run in one command"
+            "`python -m launch.allocate --config.profile=FILES`: there is no full run in one command"
         )
     study = StudyConfig(
         replay_s=_REPLAY_S.value,

@@ -213,6 +213,8 @@ class Endpoint:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         counted = [answer for answer in answers if answer.sent_s >= began + warmup_s] or answers
+        if counted and counted[-1].error and not counted[-1].status:  # overloaded, or gone? One more says which
+            await self.must_answer(input_tokens, output_tokens)
         refused = [answer for answer in counted if 400 <= answer.status < 500 and answer.status != 429]
         if refused:
             return ProbeResult(rate_rps, False, refused[0].error, len(counted), possible=False)
@@ -241,6 +243,13 @@ class Endpoint:
             float(np.percentile(tpot, 50)),
             float(np.percentile(tpot, 99)),
         )
+
+    async def must_answer(self, input_tokens: int, output_tokens: int) -> None:
+        """Raises UserError where the endpoint does not answer at all: nothing is known of its rates then."""
+        answer = await self.ask(input_tokens, output_tokens)
+        if answer.error and not answer.status:
+            where = self.config.base_url
+            raise UserError(f"{where}: was lost while measuring ({answer.error}); started again, it goes on here")
 
     async def alone(self, input_tokens: int, output_tokens: int) -> Answer:
         """The second of two requests, one after the other: the first may find things cold."""
