@@ -114,6 +114,46 @@ def test_requests_are_counted_by_the_server_and_crowds_are_given_up(server):
     assert asyncio.run(ask()).startswith("400: ")
 
 
+def test_an_endpoint_that_is_lost_in_a_probe_is_no_rate(tmp_path):
+    """What was measured until then is not taken for the size's rate, nor written down."""
+    answers = 0
+    place: asyncio.Server | None = None
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal answers
+        head = (await reader.readuntil(b"\r\n\r\n")).lower()
+        length = head.partition(b"content-length: ")[2].split(b"\r\n")[0]
+        await reader.readexactly(int(length or 0))
+        body, kind = b'{"data": [{"id": "m"}]}', b"application/json"
+        if head.startswith(b"post"):
+            answers += 1
+            if answers > 6:
+                assert place is not None
+                place.close()  # two alone, some of the first probe, and then never again
+                writer.close()
+                return
+            usage = b'{"choices": [], "usage": {"completion_tokens": 2}}'
+            body, kind = b'data: {"choices": [{}]}\n\ndata: ' + usage + b"\n\ndata: [DONE]\n\n", b"text/event-stream"
+        writer.write(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-type: " + kind + b"\r\n\r\n" + body)
+        await writer.drain()
+        writer.close()
+
+    async def measure() -> None:
+        nonlocal place
+        place = await asyncio.start_server(answer, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{place.sockets[0].getsockname()[1]}/v1"
+        objective = LatencyObjective(30.0, 60.0, 0.9)
+        config = EndpointProfileConfig(
+            url, "dying", LengthGrid((8,), (2,)), objective, probe_s=0.2, least_requests=4, highest_rps=40.0
+        )
+        await measure_profile(config, tmp_path / "journal.jsonl")
+
+    with pytest.raises(UserError, match="was lost while measuring"):
+        asyncio.run(measure())
+    rows = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
+    assert answers > 6 and not any("bucket" in row for row in rows)
+
+
 def test_nobody_there_is_said_in_one_line(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "launch.profile_endpoint", "--base_url=http://127.0.0.1:9/v1", f"--workdir={tmp_path}"],
