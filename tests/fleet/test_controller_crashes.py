@@ -5,6 +5,7 @@ zones, broken images, changing targets) are run with the controller killed at ra
 """
 
 import asyncio
+import math
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -114,6 +115,29 @@ def test_a_fleet_comes_up_spreads_and_replaces_what_is_taken(tmp_path: Path) -> 
 
     asyncio.run(history())
     assert len(set(world.machines.launched)) == len(world.machines.launched)
+
+
+def test_a_provider_that_does_not_answer_stops_deciding_and_nothing_else(tmp_path: Path) -> None:
+    world = World(tmp_path)
+
+    async def down() -> list:
+        raise OSError("the provider does not answer")
+
+    async def history() -> None:
+        await world.run(30)
+        world.machines.observe, observe = down, world.machines.observe
+        sick = next(row for row in world.state.replicas())
+        world.machines.instances[sick.id].born_s = math.inf  # runs, but its probes fail from now on
+        for _ in range(20):
+            await world.turn()
+        assert "does not answer" in world.controller.trouble
+        assert sick.url not in world.proxy.ready and len(world.proxy.ready) == 3
+        assert set(world.machines.instances) == {row.id for row in world.state.replicas()}
+        world.machines.observe = observe
+        await world.run(40)
+        world.check_settled(4)
+
+    asyncio.run(history())
 
 
 def test_reasons_are_told_apart(tmp_path: Path) -> None:

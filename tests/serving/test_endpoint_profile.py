@@ -93,6 +93,18 @@ def test_a_server_is_measured_and_its_journal_kept(server, tmp_path):
         Journal(tmp_path / "journal.jsonl", {"probe_s": 1.0})
 
 
+def test_a_journal_whose_settings_were_torn_begins_anew_or_is_refused(tmp_path):
+    file = tmp_path / "journal.jsonl"
+    file.write_text('{"settings": {"pro')
+    Journal(file, {"probe_s": 1.0}).add((0, 0), {"rate": 1.0})
+    assert Journal(file, {"probe_s": 1.0}).buckets[0, 0]["rate"] == 1.0
+    with pytest.raises(UserError, match="other settings"):
+        Journal(file, {"probe_s": 2.0})
+    file.write_text('3\n{"settings": {"pro\n' + file.read_text().splitlines()[-1] + "\n")
+    with pytest.raises(UserError, match="no line with settings"):
+        Journal(file, {"probe_s": 1.0})
+
+
 def test_an_objective_that_nobody_keeps_is_no_rate(server, tmp_path):
     config = config_for(server, objective=LatencyObjective(1e-9), grid=LengthGrid((8, 16), (4,)))
     profile = asyncio.run(measure_profile(config, tmp_path / "journal.jsonl"))

@@ -124,9 +124,11 @@ class Controller:
     async def step(self) -> None:
         """One turn. Raises nothing that the next one might not mend."""
         try:
-            await self._look()
-            await self._probe()
-            await self._push()
+            try:
+                await self._look()
+            finally:  # a provider that does not answer is no reason to lose sight of what runs
+                await self._probe()
+                await self._push()
             await self._measure()
             if not self._stopping:
                 await self._decide()
@@ -168,9 +170,8 @@ class Controller:
 
     async def _look(self) -> None:
         """Compares what there is with what is written down."""
-        launching = set(
-            self._launching
-        )  # what is launched while the provisioner looks need not be among what it has seen
+        # What is launched while the provisioner looks need not be among what it has seen.
+        launching = set(self._launching)
         seen = {o.replica_id: o for o in await self.provisioner.observe()}
         await self._finish_launches(seen)
         rows = {row.id: row for row in self.state.replicas()}

@@ -261,24 +261,29 @@ class Journal:
     """The buckets that are finished, a line each.
 
     Raises:
-      UserError: the file is of a profile with other settings.
+      UserError: the file is of a profile with other settings, or says of which no more.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]):
         self._path = path
         self.buckets: dict[tuple[int, int], dict[str, Any]] = {}
         self._settings = json.loads(json.dumps(settings))
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue  # torn by a kill
-                if "settings" in row and row["settings"] != self._settings:
-                    raise UserError(f"{path}: found a profile with other settings; delete it or choose another workdir")
-                if "bucket" in row:
-                    self.buckets[tuple(row["bucket"])] = row  # type: ignore[index]
-        else:
+        known = False
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue  # torn by a kill
+            if not isinstance(row, dict):
+                continue
+            if "settings" in row and row["settings"] != self._settings:
+                raise UserError(f"{path}: found a profile with other settings; delete it or choose another workdir")
+            known = known or "settings" in row
+            if "bucket" in row:
+                self.buckets[tuple(row["bucket"])] = row
+        if self.buckets and not known:
+            raise UserError(f"{path}: found no line with settings; delete it or choose another workdir")
+        if not known:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._append({"settings": self._settings})
 
