@@ -5,6 +5,7 @@ in an array instead of being embedded. Runs in the peers' environment and import
 import os
 import shutil
 import time
+from typing import Any
 
 import faiss
 import gptcache
@@ -24,8 +25,8 @@ BATCH = 1000
 
 class Peer:
     def __init__(self) -> None:
-        self.cache = None
-        self.queries = None
+        self.cache: Any = None
+        self.queries: Any = None
 
     def versions(self) -> dict:
         from importlib.metadata import version
