@@ -71,19 +71,7 @@ def semantic_cache(folder: Path) -> Iterator[SemanticCache | None]:
       BadUsage, UserError: a value out of range, no such embedder, or a file that is not a cache's.
     """
     if not _ON.value:
-        for flag in (
-            _DELTA,
-            _PATH,
-            _POLICY,
-            _THRESHOLD,
-            _EMBEDDER,
-            _JUDGE,
-            _JUDGE_COSINE,
-            _SHADOW,
-            _TTL,
-            _ENTRIES,
-            _TEMPERATURE,
-        ):
+        for flag in _OTHERS:
             if flag.present:
                 raise job.BadUsage(f"--{flag.name}: found it without --semantic_cache, expected both")
         yield None

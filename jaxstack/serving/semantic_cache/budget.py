@@ -6,6 +6,7 @@ would have been wrong. If that exceeds what was promised, the policy is given a 
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 # Share of what is wanted below which nothing is answered from the cache any more: delta / 50.
@@ -123,11 +124,7 @@ class ErrorBudget:
         return self.aim * self.delta + slack / self.requests
 
     def estimate(self) -> ErrorEstimate:
-        if not self.requests:
-            return ErrorEstimate(0.0, math.nan, 0)
-        mean = self._sum / self.requests
-        variance = max(0.0, self._squares / self.requests - mean * mean)
-        return ErrorEstimate(mean, 1.96 * math.sqrt(variance / self.requests), self.requests)
+        return estimate_of(self.state())
 
     def state(self) -> dict[str, Any]:
         # A label that is outstanding when the process ends never comes.
@@ -146,3 +143,13 @@ class ErrorBudget:
         keep = 1 - 1 / _WINDOW
         self._asked = self._asked * keep + 1
         self._missing = self._missing * keep + missing
+
+
+def estimate_of(state: Mapping[str, Any]) -> ErrorEstimate:
+    """The estimate that goes with `ErrorBudget.state()`."""
+    requests = int(state["requests"])
+    if not requests:
+        return ErrorEstimate(0.0, math.nan, 0)
+    mean = float(state["sum"]) / requests
+    variance = max(0.0, float(state["squares"]) / requests - mean * mean)
+    return ErrorEstimate(mean, 1.96 * math.sqrt(variance / requests), requests)

@@ -13,7 +13,7 @@ import os
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,18 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxstack.runtime.errors import UserError
-from jaxstack.serving.semantic_cache.entry import CachedResponse, Entry
+from jaxstack.serving.semantic_cache.entry import Entry
+from jaxstack.serving.semantic_cache.store_reader import (
+    VERSION,
+    StoredLabel,
+    StoreReader,
+    closed_unless_sound,
+    version_of,
+)
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1
 _GROUP, _GROUP_S = 256, 0.01
-# Labels of an entry that a start reads.
-_LABELS = 256
 
 _OWNER = "INSERT OR REPLACE INTO owners VALUES (?, ?, ?, ?)"
 _SCHEMA = """
@@ -47,16 +51,7 @@ CREATE TABLE owners(owner TEXT NOT NULL, embedder_id TEXT NOT NULL, policy TEXT 
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class StoredLabel:
-    """One label, as `Policy.label` takes it."""
-
-    entry: int
-    similarity: float
-    correct: bool
-
-
-class CacheStore:
+class CacheStore(StoreReader):
     """The file of one cache. One process has it at a time.
 
     Args:
@@ -76,43 +71,13 @@ class CacheStore:
         self._collect = collect
         self._lock_file = _locked(self.path)
         try:
-            self._reader = _opened(self.path)
+            super().__init__(_opened(self.path))
         except BaseException:
             os.close(self._lock_file)
             raise
         self._queue: queue.SimpleQueue[tuple[str, Any] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="cache-store", daemon=True)
         self._closed = False
-
-    # -------------------------------------------------------------------------------------------------------- reading
-
-    def entries(self, embedder_id: str) -> Iterator[tuple[Entry, Float[np.ndarray, "dim"] | None]]:
-        """All entries, oldest first, each with its vector if that is of this embedder."""
-        fields = "id, owner, scope, exact, model, prompt, response, semantic, created_s, expires_s, last_used_s, hits, "
-        fields += "saved_s, bytes, reports, embedding, embedder_id"
-        for row in self._reader.execute(f"SELECT {fields} FROM entries ORDER BY id"):
-            response, (embedding, of) = CachedResponse(**json.loads(row[6])), row[15:]
-            values = (*row[:6], response, bool(row[7]), *row[8:15])
-            entry = Entry(*values)
-            mine = embedding is not None and of == embedder_id
-            yield entry, np.frombuffer(embedding, np.float32) if mine else None
-
-    def labels(self, embedder_id: str) -> Iterator[StoredLabel]:
-        """The newest labels of each entry, in the order in which they came."""
-        ranked = "SELECT rowid, entry_id, s, c, row_number() OVER (PARTITION BY entry_id ORDER BY rowid DESC) AS age "
-        ranked += "FROM labels WHERE embedder_id = ?"
-        query = f"SELECT entry_id, s, c FROM ({ranked}) WHERE age <= {_LABELS} ORDER BY rowid"
-        for entry, s, c in self._reader.execute(query, (embedder_id,)):
-            yield StoredLabel(entry, s, bool(c))
-
-    def owner_states(self, embedder_id: str, policy: str) -> dict[str, dict[str, Any]]:
-        query = "SELECT owner, state FROM owners WHERE embedder_id = ? AND policy = ?"
-        return {owner: json.loads(state) for owner, state in self._reader.execute(query, (embedder_id, policy))}
-
-    def next_id(self) -> int:
-        """An entry id that was never used."""
-        row = self._reader.execute("SELECT seq FROM sqlite_sequence WHERE name = 'entries'").fetchone()
-        return 1 if row is None else int(row[0]) + 1
 
     # -------------------------------------------------------------------------------------------------------- writing
 
@@ -255,22 +220,10 @@ def _locked(path: Path) -> int:
 def _opened(path: Path) -> sqlite3.Connection:
     """Opens the file, or makes it."""
     connection = sqlite3.connect(path, isolation_level=None)
-    try:
+    with closed_unless_sound(connection, path):
         connection.execute("PRAGMA journal_mode = WAL")
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-        tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-        if version > _VERSION:
-            raise UserError(f"path: {path} has version {version}, expected at most {_VERSION}", exit_code=2)
-        if version == 0:
-            if tables:
-                raise UserError(f"path: {path} is a database of another program, expected a cache's", exit_code=2)
-            connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;")
+        if version_of(connection, path) is None:
+            connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
         elif connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
             raise UserError(f"path: {path} is damaged, expected a sound SQLite file", exit_code=2)
-        return connection
-    except sqlite3.Error as error:
-        connection.close()
-        raise UserError(f"path: {path} cannot be read as a cache: {error}", exit_code=2) from None
-    except UserError:
-        connection.close()
-        raise
+    return connection
