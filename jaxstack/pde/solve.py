@@ -1,9 +1,8 @@
 """From a problem to a solution: stages of methods on one clock, evaluated, checkpointed, stopped and resumed.
 
 The clock counts iterating only: a run's seconds are those of its compiled chunks. What a resumed run computes is, to
-  the
-bit, what an undisturbed one would have: samples come from the iteration's number, and chunks begin where they would
-  have.
+the bit, what an undisturbed one would have: samples come from the iteration's number, and chunks begin where they
+would have.
 """
 
 import contextlib
@@ -158,26 +157,29 @@ def solve(
             raise UserError(
                 f"stages: {one.name}'s network is {one.u.sizes}, expected {methods[0].u.sizes} as before it"
             )
-    run = _Run(problem, stages, methods, seed, budget_s, max_iterations, target, chunk_steps)
+    run = _Run(problem, stages, methods, seed, budget_s, max_iterations, target, chunk_steps, indicator)
     whole = budget_s if budget_s is not None else float(max_iterations or 0)
     run.evaluate_every = whole / 50 if evaluate_every is None else evaluate_every
-    indicator = indicator and run.can_indicate
-    run.indicate, run.callback, run.checkpoint_every_s = indicator, callback, checkpoint_every_s
+    run.callback, run.checkpoint_every_s = callback, checkpoint_every_s
     # One that is given is its owner's to enter.
     scope: contextlib.AbstractContextManager[StopFlag] = StopFlag() if stop is None else contextlib.nullcontext(stop)
     with scope as flag:
         return run.run(None if workdir is None else Path(workdir), resume, flag, progress)
 
 
-def judges(method: Method) -> tuple[Callable[[Array], dict[str, Array]] | None, Callable[[Array], Array] | None]:
+def _judges(
+    method: Method, indicator: bool
+) -> tuple[Callable[[Array], dict[str, Array]] | None, Callable[[Array], Array] | None]:
     """What judges parameters, compiled: errors on held-out points (None where nothing is known), and the indicator."""
     if isinstance(method, Transport):
         return jax.jit(method.evaluator()), None
     problem, net = method.problem, method.u
     points = held_out(problem)
     known = jax.jit(lambda theta: errors(net, theta, points)._asdict()) if problem.exact is not None else None
+    if problem.takes_previous or not indicator:
+        return known, None
     form = Form(problem, boundary_weight=method.config.boundary_weight)
-    return known, None if problem.takes_previous else jax.jit(Indicator(form, net))
+    return known, jax.jit(Indicator(form, net))
 
 
 class _Run:
@@ -193,6 +195,7 @@ class _Run:
         max_iterations: int | None,
         target: float | None,
         chunk_steps: int | None,
+        indicator: bool,
     ):
         self.problem, self.stages, self.methods, self.seed = problem, stages, methods, seed
         self.budget_s, self.max_iterations, self.target, self.chunk_steps = (
@@ -202,16 +205,15 @@ class _Run:
             chunk_steps,
         )
         self.evaluate_every, self.checkpoint_every_s = 1.0, 30.0
-        self.indicate = True
         self.callback: Callable[[dict[str, Any]], None] | None = None
         self.at = _Progress()
-        self._errors, self._indicator = judges(methods[0])
+        self._errors, self._indicator = _judges(methods[0], indicator)
         self._warned = False
         total = sum(stage.share for stage in stages)
         self._ends = np.cumsum([stage.share / total for stage in stages])
 
     @property
-    def can_indicate(self) -> bool:
+    def indicate(self) -> bool:
         return self._indicator is not None
 
     def fingerprint(self) -> dict[str, Any]:

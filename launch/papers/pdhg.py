@@ -4,8 +4,9 @@ and other rivals, the closed-form rate, time steps of Allen-Cahn, optimal maps.
 
 The paper claims no ratio. What is reported: Poisson's equation in 10, 20 and 50 dimensions, seeds 0 to 2, methods in
 turn on one clock, to a centred relative L2 error (a constant has 1) of 0.05, 0.05, 0.2. A run that does not arrive
-counts as its budget and is flagged. The variable-coefficient problem stands beside it and is not in the median. All
-settings were tuned on a seed of their own, twelve trials a method and problem (launch/pdhg_study/tuning.py).
+counts as its budget and is flagged; a rival's budget ends at ten times what the primal-dual method took from the same
+seed. The variable-coefficient problem stands beside it and is not in the median. All settings were tuned on a seed of
+their own, twelve trials a method and problem (launch/pdhg_study/tuning.py).
 """
 
 import dataclasses
@@ -42,6 +43,8 @@ _SECTIONS_OF = flags.DEFINE_list(
     "sections", ["rate", "poisson", "variable", "low", "rivals", "floor", "evolution", "transport"],
     "which parts; there are also tuning (trials of every method's settings) and stability (many seeds of all methods)",
 )  # fmt: skip
+# What a rival is waited for in the headline's comparison, in times of what the primal-dual method took.
+_PATIENCE = 10.0
 _EQUATION = flags.DEFINE_string("equation", "variable", "with --scale=full: which of the paper's runs")
 _DIM = flags.DEFINE_integer("dim", 50, "with --scale=full: its dimension", lower_bound=1)
 
@@ -118,10 +121,12 @@ class _Study:
         *,
         budget_s: float | None = None,
         to_the_end: bool = False,
+        patience: float | None = None,
         prefix: str = "",
     ) -> dict[str, Any]:
         """Runs by name, methods in turn for each seed, so that a busy machine hits all alike. Those to the end of the
         budget have settings of their own, not those that were tuned for time; runs with another budget, another prefix.
+        With `patience`, no run gets more than so many times what npdg took from its seed.
         """
         budget_s = _BUDGET_S.value if budget_s is None else budget_s
         found = {}
@@ -133,11 +138,15 @@ class _Study:
                         c,
                         e if to_the_end else self.tuned.apply(c, e),
                         seed=s,
-                        budget_s=budget_s,
+                        budget_s=self._allowed(budget_s, patience, f"{prefix}{c.name}-npdg-{s}"),
                         to_the_end=to_the_end,
                         stop=self.stop,
                     )
         return found
+
+    def _allowed(self, budget_s: float, patience: float | None, ours: str) -> float:
+        done = None if patience is None else self.parts.get(ours)
+        return budget_s if done is None or done["censored"] else min(budget_s, patience * done["seconds"])
 
     def runs(self, section: str) -> list[dict[str, Any]]:
         """What is done of a section."""
@@ -192,11 +201,11 @@ def _stability(study: _Study) -> dict[str, Any]:
 
 def _evolution(study: _Study) -> dict[str, Any]:
     def march(dim: int) -> dict[str, Any]:
-        config = allen_cahn_config.get_config().march
+        # Half the iterations, and of the square one time step.
+        config = dataclasses.replace(allen_cahn_config.get_config().march, iterations=150 if dim == 1 else 120)
         evolution = allen_cahn(dim)
         if dim == 2:
             evolution = dataclasses.replace(evolution, final_time=evolution.step)
-            config = dataclasses.replace(config, iterations=200)
         found = solve_evolution(evolution, config, stop=study.stop, progress=False)
         return {"rms": errors_to_reference(found), "run_s": found.run_s, "status": found.status}
 
@@ -222,8 +231,8 @@ def _transport(study: _Study) -> dict[str, Any]:
 SECTIONS: Mapping[str, Callable[[_Study], dict[str, Any]]] = {
     "tuning": _tuning,
     "rate": _rate,
-    "poisson": lambda study: study.compared(entrants.POISSON, entrants.main, _SEEDS.value),
-    "variable": lambda study: study.compared(entrants.VARIABLE[:2], entrants.main, 1),
+    "poisson": lambda study: study.compared(entrants.POISSON, entrants.main, _SEEDS.value, patience=_PATIENCE),
+    "variable": lambda study: study.compared(entrants.VARIABLE[:2], entrants.main, 1, patience=_PATIENCE),
     "low": _low,
     "rivals": lambda study: study.compared(entrants.POISSON[:1], entrants.rivals, 1, budget_s=_BUDGET_S.value / 2),
     "floor": lambda study: study.compared(
