@@ -63,7 +63,7 @@ _SEQ_LEN = flags.DEFINE_integer("seq_len", 512, "tokens of a packed row, and of 
 _RANK = flags.DEFINE_integer("rank", 16, "of the adapter", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 1, "counted steps of a side in a round", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer(
-    "rounds", 9, "rounds of ours against the peer: the more, the less a machine's moods weigh", lower_bound=1
+    "rounds", 7, "rounds of ours against the peer: the more, the less a machine's moods weigh", lower_bound=1
 )
 _UNROLL = flags.DEFINE_bool(
     "unroll_layers", True, "our side compiles every layer by itself: longer start, quicker steps"
@@ -76,7 +76,7 @@ _TOLERANCE = 1e-3
 _OPTIONS: dict[str, Any] = {"learning_rate": _LEARNING_RATE, "clip_norm": _CLIP, "total_steps": 10_000}
 _PADDED = 6  # examples of a step of the padded comparison
 _MAIN = ("ours", "peft")
-_ALL_EVERY = 3  # rounds: the other sides' figures stand beside the main one, which needs most rounds
+_ALL_EVERY = 4  # rounds: the other sides' figures stand beside the main one, which needs most rounds
 
 _POLICIES = ("ACTIVE", "PASSIVE")
 
