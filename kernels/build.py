@@ -21,7 +21,7 @@ import jaxlib
 
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
-HEADERS = (Path(__file__).with_name("simd.h"),)
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("simd.h", "threads.h", "tile.h"))
 COMPILE_TIMEOUT_S = 300
 
 
@@ -33,7 +33,7 @@ def shared_library(source: Path, *, compiler: str | None = None, cache: Path | N
     """The compiled form of `source`, built if it is not in the cache yet.
 
     Args:
-      source: a C++ file that may include XLA's FFI headers and "simd.h".
+      source: a C++ file that may include XLA's FFI headers and `HEADERS`.
       compiler: name or path of the compiler; None tries `c++`, `g++`, `clang++`.
       cache: directory of compiled kernels; None is the platform's per-user cache directory. Where it cannot be written,
         or others can write there, a private temporary directory takes its place.

@@ -18,13 +18,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jaxstack.models.activations import ACTIVATIONS
 from jaxstack.models.attention import FULL_WINDOW, Attend, LayerContext
 from jaxstack.models.decoder_config import DecoderConfig, Segment
 from jaxstack.models.linear import AdapterStack, Linear
 from jaxstack.models.moe import Moe, RouterSums
 from jaxstack.models.rope import RopeConfig, rotate, rotation
 from jaxstack.runtime.errors import UserError
+from kernels.gated import gated
 from kernels.matmul import PackedWeight, StackedWeight
 from kernels.rms_norm import rms_norm
 
@@ -528,7 +528,8 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """`down_proj(activation(gate_proj(x)) * up_proj(x))`.
 
-    A serving decoder holds one `gate_up_proj` for the first two.
+    A serving decoder holds one `gate_up_proj` for the first two. `implementation` is that of `kernels.gated`: "xla",
+    which a mesh of devices can share, or None for the fastest.
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype):
@@ -538,13 +539,12 @@ class MLP(nnx.Module):
         self.up_proj: Linear | None = nnx.data(make(config.hidden_size, config.intermediate_size))
         self.gate_up_proj: Linear | None = nnx.data(None)
         self.down_proj = make(config.intermediate_size, config.hidden_size)
+        self.implementation: Literal["xla"] | None = "xla"
 
     def __call__(self, x: Float[Array, "... D"], adapter_ids: Int[Array, "..."] | None = None) -> Float[Array, "... D"]:
         widths = [self.intermediate_size] * 2
         gate, up = _projected(x, self.gate_up_proj, (self.gate_proj, self.up_proj), widths, adapter_ids)
-        # A gradient computes the activation again: its parts are wide, and cost more to keep.
-        gated = jax.checkpoint(lambda gate, up: ACTIVATIONS[self.activation](gate) * up, prevent_cse=False)
-        return self.down_proj(gated(gate, up), adapter_ids)
+        return self.down_proj(gated(gate, up, self.activation, implementation=self.implementation), adapter_ids)
 
 
 def _projected(

@@ -1,8 +1,9 @@
 """A linear layer that can carry low-rank adapters, and whose kernel may be packed for serving."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxstack.runtime.errors import UserError
 from kernels.lora_matmul import lora_matmul
+from kernels.low_rank_add import low_rank_add
 from kernels.matmul import PackedWeight, StackedWeight, matmul
 
 
@@ -84,6 +86,14 @@ class LoraWeights(nnx.Module):
         low = jnp.where(used[..., None], low * scale[:, None], 0)
         return jnp.einsum("...nr,nro->...o", low, b)
 
+    def with_product(
+        self, x: Float[Array, "... in"], kernel: Float[Array, "in out"], bias: Float[Array, " out"] | None
+    ) -> Float[Array, "... out"]:
+        """`x @ kernel + bias` with adapter 1's addition, for one device."""
+        a, b, scale = (v.get_value().astype(x.dtype) for v in (self.a, self.b, self.scale))
+        out = _adapted(x.reshape(-1, x.shape[-1]), kernel, bias, a[1], b[1], scale[1], None)
+        return out.reshape(*x.shape[:-1], -1)
+
 
 @jax.custom_vjp
 def _low_rank(
@@ -100,15 +110,57 @@ def _low_rank_forward(x, a, b, scale):
 
 def _low_rank_backward(kept, d_out):
     x, a, b, scale, low = kept
+    d_low, *d_factors = _factor_gradients(x, b, scale, low, d_out)
+    return d_low @ a.T, *d_factors
+
+
+def _factor_gradients(x, b, scale, low, d_out):
+    """Of `low = x @ a`, then of a, b and scale."""
     d_scaled = d_out @ b.T
     d_low = d_scaled * scale
     # XLA's CPU backend takes twice as long for a product that reads its wide operand by columns: the narrow operand is
     # turned instead, and the barrier keeps the turning out of the product.
     low_turned, d_low_turned = jax.lax.optimization_barrier(((low * scale).T, d_low.T))
-    return d_low @ a.T, (d_low_turned @ x).T, low_turned @ d_out, jnp.sum(d_scaled * low).astype(scale.dtype)
+    return d_low, (d_low_turned @ x).T, low_turned @ d_out, jnp.sum(d_scaled * low).astype(scale.dtype)
 
 
 _low_rank.defvjp(_low_rank_forward, _low_rank_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _adapted(
+    x: Float[Array, "rows in"],
+    kernel: Float[Array, "in out"],
+    bias: Float[Array, " out"] | None,
+    a: Float[Array, "in r"],
+    b: Float[Array, "r out"],
+    scale: Float[Array, ""],
+    implementation: Literal["xla"] | None,
+) -> Float[Array, "rows out"]:
+    """`x @ kernel + bias + scale * (x @ a) @ b` and its gradients, which pass over a wide product once to add to it."""
+    return _adapted_forward(x, kernel, bias, a, b, scale, implementation)[0]
+
+
+def _adapted_forward(x, kernel, bias, a, b, scale, implementation):
+    low = x @ a
+    narrow, wide = low * scale, b
+    if bias is not None:  # one more row of the factor
+        narrow = jnp.pad(narrow, ((0, 0), (0, 1)), constant_values=1)
+        wide = jnp.concatenate([b, bias.astype(b.dtype)[None]])
+    out = low_rank_add(matmul(x, kernel), narrow, wide, implementation=implementation)
+    return out, (x, kernel, bias, a, b, scale, low)
+
+
+def _adapted_backward(implementation, kept, d_out):
+    x, kernel, bias, a, b, scale, low = kept
+    d_low, *d_factors = _factor_gradients(x, b, scale, low, d_out)
+    d_x = low_rank_add(matmul(d_out, kernel.T), d_low, a.T, implementation=implementation)
+    # Of a frozen layer nobody asks for these, and they are not computed.
+    d_bias = None if bias is None else jnp.sum(d_out, axis=0).astype(bias.dtype)
+    return d_x, matmul(x.T, d_out).astype(kernel.dtype), d_bias, *d_factors
+
+
+_adapted.defvjp(_adapted_forward, _adapted_backward)
 
 
 @jax.tree_util.register_dataclass
@@ -167,6 +219,7 @@ class Linear(nnx.Module):
       bias: `nnx.Param [out]` or None.
       lora: `LoraWeights` in training, `LoraSlots` in a server, or None.
       sum_over: the mesh axis over which the inputs are cut, inside a `jax.shard_map`: products are summed over it.
+      implementation: "xla" where XLA may spread the layer over devices, None for the fastest form on one.
     """
 
     def __init__(
@@ -184,6 +237,7 @@ class Linear(nnx.Module):
         self.bias: nnx.Param | None = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else nnx.data(None)
         self.lora: LoraWeights | LoraSlots | None = nnx.data(None)
         self.sum_over: str | None = None
+        self.implementation: Literal["xla"] | None = "xla"
 
     def __call__(
         self,
@@ -208,6 +262,10 @@ class Linear(nnx.Module):
         lora = self.lora
         if isinstance(lora, LoraWeights) and lora.magnitude is not None:
             return self._with_dora(lora, x, adapter_ids, kernel, out_dtype)
+        if isinstance(lora, LoraWeights) and adapter_ids is None and self.implementation is None:
+            assert self.sum_over is None and not isinstance(kernel, PackedWeight | StackedWeight)
+            if out_dtype == x.dtype:
+                return lora.with_product(x, kernel, bias)
         out = matmul(x, kernel, bias if self.sum_over is None else None, out_dtype=out_dtype)
         if lora is not None:
             out = out + lora(x, adapter_ids).astype(out_dtype)

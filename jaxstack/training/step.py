@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from jaxstack.models import Decoder
 from jaxstack.models.decoder import Remat, rows_at
 from jaxstack.models.moe import RouterSums, load_balancing_loss
+from jaxstack.models.training_layout import fuse_for_training
 from jaxstack.runtime.errors import UserError
 from jaxstack.training.losses import Batch, LossFn, LossParts, Targets, chunked, shift_targets, target_places
 from jaxstack.training.optimizer import Optimizer
@@ -124,6 +125,7 @@ def decoder_loss(
             raise UserError(f"router_aux_loss_coef={router_aux_loss_coef}: the model has no experts; expected none")
         # Flat from here on: see packed_attention.
         flat = {k: v.reshape(-1) for k, v in batch.items()}
+        model = fuse_for_training(model) if alone else model
         if layout is not None:
             model.embed.embedding.set_value(layout.pin_table(model.embed.embedding.get_value()))
         targets = {k: v.reshape(-1) for k, v in shift_targets(batch).items()}

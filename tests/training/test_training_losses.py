@@ -1,5 +1,6 @@
 """The loss and the step against float64 NumPy, dense attention, finite differences, and themselves rearranged."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,9 +10,10 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_decoder import batch, decoder, examples
+from tiny_decoder import CONFIG, batch, decoder, examples
 
 from jaxstack.models import LayerContext, LoraParam, dense_attention, lora
+from jaxstack.models.training_layout import fuse_for_training
 from jaxstack.training.losses import chunked, cross_entropy, shift_targets, token_log_probs
 from jaxstack.training.optimizer import OptimizerConfig, build_optimizer
 from jaxstack.training.packed_attention import packed_attention
@@ -226,6 +228,35 @@ def test_lora_gradients_equal_finite_differences():
         slope = (float(up) - float(down)) / (2 * h)
         expected = float(jnp.sum(grads[name] * direction))
         assert slope == pytest.approx(expected, rel=0.02, abs=2e-5), name
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_compiled_forms_between_the_products_change_no_gradient(bias):
+    data = batch(examples(4, seed=7), [[0, 1], [2, 3]], 40)
+    config = dataclasses.replace(CONFIG, qkv_bias=bias, mlp_bias=bias)
+    found = []
+    for layout in (fuse_for_training, lambda model: model):
+        model = decoder(config)
+        lora.attach(model, lora.LoraConfig(r=3, alpha=6.0), seed=1)
+        split, params, frozen = split_model(model, LoraParam)
+        rng = np.random.default_rng(0)  # B away from zero, and biases
+        params = {
+            k: v + 0.1 * rng.standard_normal(v.shape, np.float32) if k.endswith(".b") else v
+            for k, v in sorted(params.items())
+        }
+        frozen = {k: v + 0.1 if k.endswith("bias") else v for k, v in frozen.items()}
+
+        def value(params, layout=layout, split=split, frozen=frozen):
+            model = layout(split.merge(params, frozen))
+            flat = {k: v.reshape(-1) for k, v in data.items()}
+            attend = packed_attention(data["positions"])
+            hidden, _ = model.hidden(flat["token_ids"], flat["positions"], attend)
+            return jnp.sum(jnp.sin(hidden) * (flat["segment_ids"] != 0)[:, None])
+
+        found.append(jax.jit(jax.value_and_grad(value))(params))
+    (fused, fused_gradients), (plain, plain_gradients) = found
+    assert float(fused) == pytest.approx(float(plain), rel=1e-5)
+    assert relative(fused_gradients, plain_gradients) < 1e-5
 
 
 def test_optimizer_state_covers_trainable_parameters_only_at_eight_bytes_each():
