@@ -60,6 +60,9 @@ _PSEUDO_DOCUMENTS = 200
 _WORD = re.compile(r"\w+", re.UNICODE)
 _PAIR_WEIGHT, _GRAM_WEIGHT = 0.5, 0.6
 _REMEMBERED_WORDS = 65_536
+# Letters of a word that is remembered; longer ones (tokens, data, languages without spaces) hardly come again, and what
+# is to be remembered of them grows with their length.
+_LONGEST_REMEMBERED = 24
 
 
 class HashedNgramEmbedder:
@@ -88,8 +91,8 @@ class HashedNgramEmbedder:
         self._waiting_documents = 0
         self._lock = threading.Lock()
         # Per instance: both depend on the counts.
-        self._word = functools.lru_cache(_REMEMBERED_WORDS)(self._word_features)
-        self._pair = functools.lru_cache(_REMEMBERED_WORDS)(self._pair_features)
+        self._remembered_word = functools.lru_cache(_REMEMBERED_WORDS)(self._word_features)
+        self._remembered_pair = functools.lru_cache(_REMEMBERED_WORDS)(self._pair_features)
 
     def embed(self, texts: Sequence[str]) -> Float[np.ndarray, "n dim"]:
         """Unit rows, float32. About 0.05 ms a question."""
@@ -131,6 +134,14 @@ class HashedNgramEmbedder:
         """log of one over the share of texts that hold the word."""
         holding = self._counts.get(word, 0) + _PSEUDO_DOCUMENTS * _common().get(word, 0.0)
         return math.log((self._documents + _PSEUDO_DOCUMENTS + 1) / (holding + 1)) + 0.1
+
+    def _word(self, word: str) -> tuple[Int[np.ndarray, "n"], Float[np.ndarray, "n"]]:
+        known = len(word) <= _LONGEST_REMEMBERED
+        return self._remembered_word(word) if known else self._word_features(word)
+
+    def _pair(self, first: str, second: str) -> tuple[Int[np.ndarray, "n"], Float[np.ndarray, "n"]]:
+        known = len(first) + len(second) <= 2 * _LONGEST_REMEMBERED
+        return self._remembered_pair(first, second) if known else self._pair_features(first, second)
 
     def _word_features(self, word: str) -> tuple[Int[np.ndarray, "n"], Float[np.ndarray, "n"]]:
         padded = f"^{word}$"

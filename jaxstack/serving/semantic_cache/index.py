@@ -6,6 +6,7 @@ they are exact, and what has been deleted is never returned: it has no row. The 
 not, so it is never written to disk; after a start it is built in the background while exact search answers.
 """
 
+import logging
 import threading
 from collections.abc import Sequence
 
@@ -13,6 +14,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxstack.serving.semantic_cache.policy import NO_ENTRY
+
+log = logging.getLogger(__name__)
 
 # Rows from which on a graph pays.
 _GRAPH_FROM = 4096
@@ -22,6 +25,10 @@ _LEAST_PROPOSED = 16
 # Share of the graph that may be deleted rows before it is built anew.
 _DEAD = 0.25
 _BUILD_CHUNK = 1024
+# Rows that may be missing when a graph built in the background is finished: searches wait until these are put in.
+_LAST = 64
+# Room for at least so many rows; more is given back when three quarters of it are empty.
+_ROOM = 16
 # Queries multiplied with the rows at once.
 _BLOCK = 64
 
@@ -67,9 +74,7 @@ class NeighbourIndex:
                 raise ValueError(f"entry: {known} was there already")
             first, last = len(self._row_of), len(self._row_of) + len(entries)
             if last > len(self._ids):
-                room = max(16, last, 2 * len(self._ids))
-                self._rows = np.concatenate([self._rows[:first], np.empty((room - first, self.dim), np.float32)])
-                self._ids = np.concatenate([self._ids[:first], np.empty(room - first, np.int64)])
+                self._take_room(max(_ROOM, last, 2 * len(self._ids)), first)
             self._rows[first:last] = vectors
             self._ids[first:last] = entries
             self._row_of.update(zip(map(int, entries), range(first, last)))
@@ -87,7 +92,14 @@ class NeighbourIndex:
             if row != last:
                 self._rows[row], self._ids[row] = self._rows[last], self._ids[last]
                 self._row_of[int(self._ids[row])] = row
+            if len(self._ids) > _ROOM and last < len(self._ids) // 4:
+                self._take_room(max(_ROOM, 2 * last), last)
             self._keep_graph()
+
+    def _take_room(self, room: int, live: int) -> None:
+        """Room for so many rows, of which the first are in use."""
+        self._rows = np.concatenate([self._rows[:live], np.empty((room - live, self.dim), np.float32)])
+        self._ids = np.concatenate([self._ids[:live], np.empty(room - live, np.int64)])
 
     def vector(self, entry: int) -> Float[np.ndarray, "dim"]:
         """Raises KeyError."""
@@ -134,7 +146,7 @@ class NeighbourIndex:
     def wait(self) -> None:
         """Until no graph is being built."""
         while (building := self._building) is not None:
-            building.join()
+            building.join(1.0)
 
     # ---------------------------------------------------------------------------------------------------------- graph
 
@@ -184,19 +196,29 @@ class NeighbourIndex:
         if not self._background:
             self._build()
             return
-        self._building = threading.Thread(target=self._build, name="cache-graph", daemon=True)
+        self._building = threading.Thread(target=self._build_beside, name="cache-graph", daemon=True)
         self._building.start()
+
+    def _build_beside(self) -> None:
+        try:
+            self._build()
+        except Exception:
+            log.exception("no graph of the cache's entries; every one of them is looked at")
+            with self._lock:
+                self._graph_from, self._building = 2 * max(self._graph_from, len(self)), None
 
     def _build(self) -> None:
         """Builds a graph of all rows beside the one in use, a chunk at a time so that searches go on."""
         with self._lock:
-            graph = _Graph(self.dim, float(np.abs(self._rows[: len(self)]).max()))
+            graph = _Graph(self.dim, float(np.abs(self._rows[: len(self)]).max(initial=0.0)))
         while True:
             with self._lock:
                 missing = [entry for entry in self._row_of if entry not in graph.inside]
-                if len(missing) <= (_BUILD_CHUNK if self._background else 0):
+                if len(missing) <= (_LAST if self._background else 0):
                     graph.put(missing, self._rows[[self._row_of[e] for e in missing]])
-                    self._graph, self._building = graph, None
+                    # With next to nothing left, the scale of what was there says nothing of what will be.
+                    self._graph = graph if len(self) >= self._graph_from // 2 else None
+                    self._building = None
                     return
             for first in range(0, len(missing), _BUILD_CHUNK):
                 with self._lock:

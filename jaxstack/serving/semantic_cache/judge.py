@@ -21,10 +21,13 @@ class Judge(Protocol):
 
 
 class NormalisedText:
-    """Equal but for case, punctuation, spaces, and how numbers are written (1,000.0 is 1000)."""
+    """Equal but for case, punctuation, spaces, and how numbers are written (1,000.0 is 1000). Of what nothing is left
+    is compared as it is.
+    """
 
     def same(self, query: str, a: str, b: str) -> bool | None:
-        return _plain(a) == _plain(b)
+        x, y = _plain(a), _plain(b)
+        return x == y if x or y else a.strip() == b.strip()
 
 
 class ExactJson:
@@ -67,7 +70,7 @@ class LMJudge:
     def same(self, query: str, a: str, b: str) -> bool | None:
         from jaxstack.engine import Guide, SamplingParams
 
-        if _plain(a) == _plain(b):
+        if NormalisedText().same(query, a, b):
             return True
         sampling = SamplingParams(max_tokens=8, temperature=0.0, guide=Guide("choice", '["yes", "no"]'))
         question = self._QUESTION.format(query=query, a=a, b=b)
@@ -118,9 +121,24 @@ def calibrate(judge: Judge, generate: Callable[[str], str], prompts: Sequence[st
     return Agreement(sum(told) / len(told), len(told))
 
 
+# Points and dashes within numbers and words; signs that change what is said (and are not Markdown's); all the rest.
+_MARKS = re.compile(
+    r"(?P<within>(?<=\d)\.(?=\d)|(?<=\w)-|-(?=\d))|(?P<sign>(?<=\w)[*/](?=\w)|(?<=\w )[*/](?= \w)|(?<=\w)#|!(?==)|%)"
+    r"|[^\w\s]|_"
+)
+
+
 def _plain(text: str) -> str:
     text = unicodedata.normalize("NFKC", text).casefold()
     text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
-    text = re.sub(r"(\d)\.0+\b", r"\1", text)
-    text = re.sub(r"(?<!\d)\.|\.(?!\d)|[^\w\s.+\-]|(?<!\w)-(?!\d)|_", " ", text)
-    return " ".join(text.split())
+    text = re.sub(r"(?<![\d.])(\d+)\.0+(?!\.?\d)", r"\1", text)  # 3.0, but not the version 3.0.1
+    return " ".join(_MARKS.sub(_mark, text).split())
+
+
+def _mark(found: re.Match[str]) -> str:
+    mark = found.group()
+    if found["within"]:
+        return mark
+    # Symbols: those of mathematics and currencies, pictures.
+    kept = found["sign"] or (unicodedata.category(mark)[0] == "S" and mark != "`")
+    return f" {mark} " if kept else " "

@@ -17,6 +17,8 @@ from jaxstack.serving.semantic_cache.policy import NO_ENTRY
 # Chance that a label is wrong: the likelihood keeps this far from 0 and 1.
 _LABEL_NOISE = 0.0025
 _SIMILARITIES = 1001
+# Of a new table, whose owner may never ask twice: a row takes 5 kB.
+_ROWS = 4
 
 # Labels after which the prior is learned anew, and every how many afterwards; from how many entries, how many steps.
 _EARLY, _EVERY = (25, 50, 100, 150), 200
@@ -90,8 +92,8 @@ class PosteriorTable:
         self._learned_at = 0
         self._rows: dict[int, int] = {}  # entry -> row, in the order of their first labels
         self._free: list[int] = []
-        self._log = np.zeros((64, self.grid.size))
-        self._ratio = np.ones((64, self.grid.size))
+        self._log = np.zeros((_ROWS, self.grid.size))
+        self._ratio = np.ones((_ROWS, self.grid.size))
 
     def __len__(self) -> int:
         """Entries with labels."""

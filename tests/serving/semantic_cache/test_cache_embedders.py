@@ -63,6 +63,15 @@ class TestHashedNgrams:
         assert again.id == second.id
         np.testing.assert_array_equal(again.embed(texts[:3]), second.embed(texts[:3]))
 
+    def test_long_words_are_not_remembered(self):
+        """Tokens, data and languages without spaces: each takes as much again as its length, and none comes twice."""
+        embedder = HashedNgramEmbedder(64)
+        texts = [f"{'abcdefgh' * 200}{n} short {'x' * 100}{n}" for n in range(20)]
+        rows = embedder.embed(texts)
+        assert embedder._remembered_word.cache_info().currsize == 1
+        assert embedder._remembered_pair.cache_info().currsize == 0
+        np.testing.assert_array_equal(rows[3], HashedNgramEmbedder(64).embed(texts[3:4])[0])
+
     def test_threads_may_count(self):
         embedder = HashedNgramEmbedder(64)
         threads = [threading.Thread(target=embedder.count, args=[["one two"] * 50]) for _ in range(8)]

@@ -121,3 +121,30 @@ def test_what_is_no_unit_vector_is_refused():
     with pytest.raises(ValueError, match="already"):
         index.add([1], good)
     assert len(index) == 1
+
+
+def test_all_entries_may_go_while_a_graph_begins():
+    """The thread that builds finds nothing left; the next that is worth it is built all the same."""
+    rows = vectors(600, 8)
+    index = NeighbourIndex(8, graph_from=100)
+    with index._lock:  # before the thread has looked
+        index.add(range(200), rows[:200])
+        for entry in range(200):
+            index.remove(entry)
+    index.wait()
+    index.add(range(200, 600), rows[200:])
+    index.wait()
+    assert not index.exact
+    ids, _ = index.search(rows[300:301], 1)
+    assert ids[0, 0] == 300
+
+
+def test_room_is_given_back():
+    rows = vectors(2000, 8)
+    index = NeighbourIndex(8)
+    index.add(range(2000), rows)
+    for entry in range(1990):
+        index.remove(entry)
+        assert len(index._ids) <= max(16, 4 * len(index) + 3)
+    ids, _ = index.search(rows[1990:], 1)
+    assert ids[:, 0].tolist() == list(range(1990, 2000))
