@@ -224,8 +224,9 @@ class Metrics(Collector):
         yield gauge("jaxstack:cache_bytes", "Their size.", stats.size_bytes)
         yield counter("jaxstack:cache_labels", "Comparisons of answers.", stats.labels)
         yield counter("jaxstack:cache_saved_seconds", "Generation that was saved.", stats.saved_s)
-        yield gauge("jaxstack:cache_delta", "Wrong answers a request at most.", stats.delta)
-        yield gauge("jaxstack:cache_delta_effective", "Of it, what may be spent now.", stats.delta_eff)
+        if not math.isnan(stats.delta):
+            yield gauge("jaxstack:cache_delta", "Wrong answers a request at most.", stats.delta)
+            yield gauge("jaxstack:cache_delta_effective", "Of it, what may be spent now.", stats.delta_eff)
         yield gauge("jaxstack:cache_stopped", "1 while near requests are not answered.", float(bool(stats.stopped)))
         yield gauge("jaxstack:cache_store_failed", "1 if nothing is written any more.", float(bool(stats.store)))
         if not math.isnan(stats.error):

@@ -4,7 +4,7 @@ A request is reduced to its scope (who asks, and what must match exactly) and it
 request again is answered by the exact tier; one that is being answered is joined (`flight.py`). Otherwise the last turn
 is embedded, its nearest entries are found in the scope's own index (`index.py`), and the policy (`policy.py`,
 `policies.py`) decides: answer, or explore. What was explored is compared with what the cache would have said
-(`judge.py`), and the label teaches the policy.
+(`learning.py`, `judge.py`), and the label teaches the policy.
 """
 
 from jaxstack.serving.semantic_cache.cache import SemanticCache

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import hashlib
-import json
 import math
 from typing import Any
 
@@ -30,7 +29,8 @@ class CacheStats:
       error: estimated share of wrong answers among the requests that the policy decided; `half_width` is of its 95 %
         interval. NaN where the policy estimates none.
       bound: what that share cannot exceed, whatever the labels say; NaN where nothing is promised.
-      delta, delta_eff: what the policy promises, and what it may spend at present.
+      pending: explored requests whose label is still to come.
+      delta, delta_eff: what the policy promises, and what it may spend at present; NaN for a policy without a delta.
       stopped: why nothing is answered from near requests; None while all is well.
       shadow_checked, shadow_wrong: in shadow mode, would-be answers compared and found wrong.
       store: why the store no longer writes; None while it does or there is none.
@@ -127,8 +127,9 @@ class Account:
         self.evictor.remove(entry.id)
         self.policy.forget(entry.id)
 
-    def state(self) -> str:
-        return json.dumps({"draws": self.draws, "policy": self.policy.state()})
+    def state(self) -> dict[str, Any]:
+        """JSON values."""
+        return {"draws": self.draws, "policy": self.policy.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.draws = int(state.get("draws", 0))
@@ -137,7 +138,7 @@ class Account:
 
     def stats(self, store: str | None) -> CacheStats:
         error = half_width = bound = math.nan
-        delta_eff = self.delta
+        delta = delta_eff = self.delta if self._config.promises else math.nan
         if isinstance(self.policy, BayesThreshold):
             budget = self.policy.budget
             (error, half_width, _), bound, delta_eff = budget.estimate(), budget.bound, budget.delta_eff
@@ -152,7 +153,7 @@ class Account:
             error=error,
             half_width=half_width,
             bound=bound,
-            delta=self.delta,
+            delta=delta,
             delta_eff=delta_eff,
             stopped=self.policy.stopped,
             shadow_checked=self.shadow_checked,

@@ -4,7 +4,6 @@ never counts as an answer from near requests, and never becomes a label.
 
 import asyncio
 import contextlib
-import functools
 import re
 import threading
 import time
@@ -45,7 +44,7 @@ class Answered:
 
     async def aclose(self) -> None:
         await self._chunks.aclose()
-        if self._leave is not None:  # a generator that has not begun does not notice that it is closed
+        if self._leave is not None:
             self._leave()
 
 
@@ -64,8 +63,9 @@ class Answers:
         if request.mode == "refresh" or request.bypass is not None:
             lookup = await self._look(request)
             return Answered(lookup, self._alone(lookup, generate))
-        key = (request.partition, request.exact)
         while True:
+            # What was begun before an invalidation is joined by nobody who comes after it.
+            key = (request.partition, request.exact, self._cache.epoch(request.owner))
             found = self._cache.repeat(request)
             if found is not None and found.response is not None:
                 return Answered(found, self._replay(found.response))
@@ -74,8 +74,7 @@ class Answers:
             flight = self._flights.get(key)
             if flight is None:
                 break
-            leave = functools.partial(flight.leave, generate)
-            chunks = flight.listen(generate)
+            chunks, leave = flight.listen(generate)
             try:
                 joined = await asyncio.shield(flight.decided)
             except asyncio.CancelledError:
@@ -83,29 +82,31 @@ class Answers:
                 raise
             if joined:
                 return Answered(self._cache.count_coalesced(request), chunks, leave)
+            if flight.passed_over is not None:
+                # To try it again one after the other would keep the last of many waiting for very long.
+                lookup = self._cache.pass_over(request, flight.passed_over)
+                return Answered(lookup, generate_closing(generate))
             # It was answered from a near request: with a coin of its own, so is this one.
         flight = self._flights[key] = Flight()
         try:
             lookup = await self._look(request)
-            if lookup.response is not None or lookup.kind == "bypass":
-                flight.give_up()
-                self._end(key, flight)
-                if lookup.response is not None:
-                    return Answered(lookup, self._replay(lookup.response))
-                return Answered(lookup, generate_closing(generate))
         except BaseException:
             flight.give_up()
             self._end(key, flight)
             raise
-        listening = flight.listen(generate)
+        if lookup.response is not None or lookup.kind == "bypass":
+            flight.give_up(lookup.reason if lookup.kind == "bypass" else None)
+            self._end(key, flight)
+            if lookup.response is not None:
+                return Answered(lookup, self._replay(lookup.response))
+            return Answered(lookup, generate_closing(generate))
         began = time.monotonic()
 
         def ended(chunks: list[Chunk] | None) -> None:
             self._end(key, flight)
             self._settle(lookup, chunks, time.monotonic() - began)
 
-        flight.start(generate, ended)
-        return Answered(lookup, listening, functools.partial(flight.leave, generate))
+        return Answered(lookup, *flight.start(generate, ended))
 
     def close(self) -> None:
         self._thread.shutdown(wait=False)

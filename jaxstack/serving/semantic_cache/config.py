@@ -1,11 +1,12 @@
 """The settings of a cache."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from jaxstack.runtime.errors import UserError
-from jaxstack.serving.semantic_cache.policies import POLICIES
+from jaxstack.serving.semantic_cache.policies import POLICIES, PROMISING, make_policy
 from jaxstack.serving.semantic_cache.policy import check_delta
 
 SCOPE_FIELDS = ("tenant", "model", "system", "history", "tools", "response_format", "sampling")
@@ -38,6 +39,7 @@ class CacheConfig:
       threshold: of the policies "static" and "gptcache".
       scope_fields: what must be equal before texts are compared at all. "tenant" cannot be left out.
       revision: of the models behind; what another revision has answered is not used.
+      revisions: of models that have one of their own, by name.
       embed_history: the turns before the last are not compared exactly, but embedded together with it.
       ttl_s: how long an answer is good for; None is for ever.
       max_entries, max_bytes: of all tenants together.
@@ -68,6 +70,7 @@ class CacheConfig:
     threshold: float = 0.8
     scope_fields: tuple[str, ...] = SCOPE_FIELDS
     revision: str = ""
+    revisions: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
     embed_history: bool = False
     ttl_s: float | None = 86_400
     max_entries: int = 100_000
@@ -93,6 +96,8 @@ class CacheConfig:
         for name, own in self.tenants.items():
             if own.delta is not None and not 0 < own.delta <= 0.5:
                 _refuse(f"tenants[{name!r}].delta", own.delta, "more than 0 and at most 0.5")
+            if own.max_entries is not None and not own.max_entries >= 1:
+                _refuse(f"tenants[{name!r}].max_entries", own.max_entries, "an integer >= 1")
         if self.policy not in POLICIES:
             _refuse("policy", self.policy, f"one of {', '.join(POLICIES)}")
         if not 0 < self.tau_min < 1:
@@ -103,12 +108,24 @@ class CacheConfig:
         if self.eviction not in ("cost", "lru"):
             _refuse("eviction", self.eviction, "cost or lru")
         for name in ("k", "max_entries", "max_bytes", "max_prompt_chars", "max_response_bytes", "max_pending"):
-            if getattr(self, name) < 1:
+            if not getattr(self, name) >= 1:
                 _refuse(name, getattr(self, name), "an integer >= 1")
+        for name in ("max_temperature", "feedback_per_minute"):
+            if not getattr(self, name) >= 0:
+                _refuse(name, getattr(self, name), "a number >= 0")
         for name in ("ttl_s", "label_timeout_s", "lookup_timeout_ms", "replay_tokens_per_s"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is None and name in ("ttl_s", "replay_tokens_per_s"):
+                continue
+            if value is None or not 0 < value < math.inf:
                 _refuse(name, value, "a positive number")
+        # Whatever else a policy does not take is to be known now, and not with the first request.
+        make_policy(self.policy, delta=self.delta, tau_min=self.tau_min, k=self.k, threshold=self.threshold)
+
+    @property
+    def promises(self) -> bool:
+        """Whether the policy holds itself to delta."""
+        return self.policy in PROMISING
 
     def owner(self, tenant: str) -> str:
         """Whose entries a tenant's are: its own, or its group's. The two kinds of name never meet."""

@@ -1,7 +1,10 @@
 """What a cache holds, in memory and on file: accounts with their entries, put in, removed, evicted, and read back."""
 
 import dataclasses
+import json
 import logging
+import math
+import sqlite3
 import threading
 import time
 
@@ -15,12 +18,15 @@ from jaxstack.serving.semantic_cache.embedders import Embedder
 from jaxstack.serving.semantic_cache.entry import CachedResponse, Entry
 from jaxstack.serving.semantic_cache.index import usable
 from jaxstack.serving.semantic_cache.lookup import Lookup
+from jaxstack.serving.semantic_cache.policy import NO_ENTRY
 from jaxstack.serving.semantic_cache.store import CacheStore, StoredLabel
 
 log = logging.getLogger(__name__)
 
 # How often what policies have learned is written.
 _STATE_S = 1.0
+# Entries removed before others have their turn.
+_REMOVED_AT_ONCE = 256
 
 
 class Holdings:
@@ -38,6 +44,7 @@ class Holdings:
         self._embedder_id, self._dim = embedder.id, embedder.dim
         self._lock = threading.RLock()
         self._accounts: dict[str, Account] = {}
+        self._entries = self._size_bytes = 0  # of all accounts
         self._changed: set[str] = set()
         self._written_s = 0.0
         self._next_id = 1
@@ -48,13 +55,19 @@ class Holdings:
             self._store = CacheStore(config.path, self._states)
             try:
                 self._load(self._store)
-            except BaseException:
+            except BaseException as error:
                 self._store.close()
-                raise
+                known = isinstance(error, sqlite3.Error | ValueError | TypeError | KeyError)
+                if not known or isinstance(error, UserError):
+                    raise
+                raise UserError(f"path: {config.path} cannot be read as a cache: {error}", exit_code=2) from error
             self._store.begin()
 
     def flush(self) -> bool:
         """Waits until all that was put is on file. Returns whether it is."""
+        return self._on_file()
+
+    def _on_file(self) -> bool:
         return self._store is not None and self._store.flush()
 
     def close(self) -> None:
@@ -89,9 +102,11 @@ class Holdings:
                 "older_than_s, everything"
             )
         with self._lock:
-            account = self._account(self.config.owner(tenant))
+            account = self._accounts.get(self.config.owner(tenant))
+            if account is None:
+                return 0
             account.epoch += 1
-            gone = [
+            fit = [
                 entry
                 for entry in account.entries.values()
                 if (entry_id is None or entry.id == entry_id)
@@ -99,36 +114,62 @@ class Holdings:
                 and (prompt_prefix is None or entry.prompt.startswith(prompt_prefix))
                 and (older_than_s is None or now - entry.created_s > older_than_s)
             ]
-            for entry in gone:
-                self._remove(account, entry)
-        self.flush()
-        return len(gone)
+        gone = self._remove_all(account, fit)
+        self._on_file()
+        return gone
 
     def invalidate_model(self, model: str) -> int:
         """Removes every tenant's entries of a model: another goes by that name now."""
         with self._lock:
-            gone = 0
+            fit = []
             for account in self._accounts.values():
                 account.epoch += 1
-                for entry in [entry for entry in account.entries.values() if entry.model == model]:
-                    self._remove(account, entry)
-                    gone += 1
-        self.flush()
+                fit.append((account, [entry for entry in account.entries.values() if entry.model == model]))
+        gone = sum(self._remove_all(account, entries) for account, entries in fit)
+        self._on_file()
         return gone
+
+    def _remove_all(self, account: Account, entries: list[Entry]) -> int:
+        """Removes those that are still there, a few at a time: lookups need not wait for the end of it."""
+        gone = 0
+        for first in range(0, len(entries), _REMOVED_AT_ONCE):
+            with self._lock:
+                for entry in entries[first : first + _REMOVED_AT_ONCE]:
+                    if account.entries.get(entry.id) is entry:
+                        self._remove(account, entry)
+                        gone += 1
+            time.sleep(0)  # whoever waits for the lock shall have it
+        return gone
+
+    def epoch(self, owner: str) -> int:
+        """How often entries of this owner have been invalidated."""
+        with self._lock:
+            account = self._accounts.get(owner)
+            return 0 if account is None else account.epoch
 
     def entry(self, tenant: str, entry_id: int) -> Entry | None:
         """A copy of one of the tenant's own entries."""
         with self._lock:
-            found = self._account(self.config.owner(tenant)).entries.get(entry_id)
+            account = self._accounts.get(self.config.owner(tenant))
+            found = None if account is None else account.entries.get(entry_id)
             return None if found is None else dataclasses.replace(found)
 
     def stats(self, tenant: str | None = None) -> CacheStats:
         """Of one tenant; of all with None."""
-        store = None if self._store is None else self._store.failed
+        store = self.store_failed
         with self._lock:
             if tenant is not None:
-                return self._account(self.config.owner(tenant)).stats(store)
-            return together([a.stats(store) for a in self._accounts.values()], self.config.delta, store)
+                owner = self.config.owner(tenant)
+                # One that has asked nothing yet is not remembered for having looked.
+                account = self._accounts.get(owner) or Account(owner, self.config, self._dim)
+                return account.stats(store)
+            delta = self.config.delta if self.config.promises else math.nan
+            return together([a.stats(store) for a in self._accounts.values()], delta, store)
+
+    @property
+    def store_failed(self) -> str | None:
+        """Why nothing is written any more; None while it is, or if there is no file."""
+        return None if self._store is None else self._store.failed
 
     def _insert(
         self,
@@ -144,7 +185,7 @@ class Holdings:
         if old is not None:
             self._remove(account, account.entries[old])
         limits = [ttl for ttl in (self.config.ttl_s, request.ttl_s) if ttl is not None]
-        size = len(response.text.encode()) + len(request.text.encode()) + (0 if vector is None else 4 * self._dim)
+        size = self._size_of(response.text, request.text, vector)
         if size > self.config.max_bytes:
             account.refused["too large"] += 1
             return None
@@ -163,7 +204,7 @@ class Holdings:
             size_bytes=size,
         )
         self._next_id += 1
-        account.add(entry)
+        self._add(account, entry)
         if vector is not None:
             account.index(request.scope).add([entry.id], vector[None])
         if self._store is not None:
@@ -171,13 +212,16 @@ class Holdings:
         self._make_room(account, keep=entry.id)
         return entry
 
+    def _size_of(self, answer: str, prompt: str, vector: Float[np.ndarray, "dim"] | None) -> int:
+        return len(answer.encode()) + len(prompt.encode()) + (0 if vector is None else 4 * self._dim)
+
     def _make_room(self, account: Account, keep: int) -> None:
         while len(account.entries) > account.quota:
             self._evict(account, keep)
         # Who has most gives way, so nobody can push another out.
-        while sum(len(a.entries) for a in self._accounts.values()) > self.config.max_entries:
+        while self._entries > self.config.max_entries:
             self._evict(max(self._accounts.values(), key=lambda a: len(a.entries)), keep)
-        while sum(a.size_bytes for a in self._accounts.values()) > self.config.max_bytes:
+        while self._size_bytes > self.config.max_bytes:
             self._evict(max(self._accounts.values(), key=lambda a: a.size_bytes), keep)
 
     def _evict(self, account: Account, keep: int) -> None:
@@ -190,7 +234,21 @@ class Holdings:
         self._remove(account, account.entries[victim])
         account.refused["evicted"] += 1
 
+    def _add(self, account: Account, entry: Entry) -> None:
+        account.add(entry)
+        self._entries += 1
+        self._size_bytes += entry.size_bytes
+
+    def _resize(self, account: Account, entry: Entry, size_bytes: int) -> None:
+        """Room must be made by the caller."""
+        account.size_bytes += size_bytes - entry.size_bytes
+        self._size_bytes += size_bytes - entry.size_bytes
+        entry.size_bytes = size_bytes
+        account.touch(entry)
+
     def _remove(self, account: Account, entry: Entry) -> None:
+        self._entries -= 1
+        self._size_bytes -= entry.size_bytes
         account.remove(entry)
         if self._store is not None:
             self._store.delete(entry.id)
@@ -214,7 +272,9 @@ class Holdings:
         with self._lock:
             self._written_s = now
             changed, self._changed = self._changed, set()
-            return [(o, self._embedder_id, self.config.policy, self._accounts[o].state()) for o in sorted(changed)]
+            states = [(owner, self._accounts[owner].state()) for owner in sorted(changed)]
+        # Spelling out is slow, and lookups do not wait for it.
+        return [(owner, self._embedder_id, self.config.policy, json.dumps(state)) for owner, state in states]
 
     def _load(self, store: CacheStore) -> None:
         now = time.time()
@@ -224,11 +284,14 @@ class Holdings:
             if not entry.good_at(now):
                 store.delete(entry.id)
                 continue
-            account.add(entry)
+            self._add(account, entry)
             if entry.semantic and vector is not None and vector.shape == (self._dim,):
                 rows.setdefault((entry.owner, entry.scope), []).append((entry.id, vector))
             elif entry.semantic:
                 self.strangers.append((account, entry.id))
+        used = [(entry.last_used_s, id_, a) for a in self._accounts.values() for id_, entry in a.entries.items()]
+        for _, entry_id, account in sorted(used, key=lambda use: use[:2]):
+            account.touch(account.entries[entry_id])  # those used last are to stay longest
         for (owner, scope), found in rows.items():
             ids, vectors = zip(*found)
             self._accounts[owner].index(scope).add(ids, np.stack(vectors))
@@ -246,7 +309,7 @@ class Holdings:
             self._account(owner).restore(state)
         self._next_id = store.next_id()
         for account in list(self._accounts.values()):
-            self._make_room(account, keep=max(account.entries, default=0))
+            self._make_room(account, keep=NO_ENTRY)
 
     def reembed(self, entries: list[tuple[Account, int]]) -> None:
         """Embeds entries of another embedder, which until now only answered their own requests again."""
@@ -258,6 +321,13 @@ class Holdings:
         with self._lock:
             for (account, entry), vector, fit in zip(there, vectors, usable(vectors)):
                 if fit and entry.id in account.entries:
-                    account.index(entry.scope).add([entry.id], vector[None])
-                    if self._store is not None:
-                        self._store.put(entry, vector, self._embedder_id)
+                    self._make_semantic(account, entry, vector)
+
+    def _make_semantic(self, account: Account, entry: Entry, vector: Float[np.ndarray, "dim"]) -> None:
+        """From now on it answers near requests, too."""
+        entry.semantic = True
+        account.index(entry.scope).add([entry.id], vector[None])
+        self._resize(account, entry, self._size_of(entry.response.text, entry.prompt, vector))
+        if self._store is not None:
+            self._store.put(entry, vector, self._embedder_id)
+        self._make_room(account, keep=entry.id)

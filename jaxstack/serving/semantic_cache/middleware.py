@@ -13,21 +13,21 @@ from typing import Any
 
 import pydantic
 
+from jaxstack.engine import Engine
 from jaxstack.serving.answers import Answer
 from jaxstack.serving.clients import Caller, caller_of
 from jaxstack.serving.config import ServerConfig
 from jaxstack.serving.endpoints import Endpoints
-from jaxstack.serving.errors import ApiError
+from jaxstack.serving.errors import ApiError, bad_field
 from jaxstack.serving.exchange import USAGE_COMMENT, WANT_USAGE, Exchange, encode_json
 from jaxstack.serving.generation import Piece, Usage
 from jaxstack.serving.json_body import read_json
-from jaxstack.serving.protocol import read_as
+from jaxstack.serving.protocol import ChatRequest, read_as
 from jaxstack.serving.semantic_cache.answers import Answered
 from jaxstack.serving.semantic_cache.cache import SemanticCache
 from jaxstack.serving.semantic_cache.flight import Chunk
 from jaxstack.serving.semantic_cache.lookup import Lookup
-
-_FROM_CACHE = ("exact", "hit")
+from jaxstack.serving.semantic_cache.scope import CacheRequest
 
 
 class FeedbackRequest(pydantic.BaseModel):
@@ -46,7 +46,7 @@ class InvalidateRequest(pydantic.BaseModel):
     entry_id: int | None = None
     model: str | None = None
     prompt_prefix: str | None = None
-    older_than_s: float | None = None
+    older_than_s: float | None = pydantic.Field(default=None, ge=0)
     everything: bool = False
 
 
@@ -63,12 +63,17 @@ class CachedAnswers:
           UserError: the request's field `cache` is wrong.
         """
         job = reply.job
-        request = self.cache.scope.body(
-            read_json(body),
-            tenant=caller.tenant,
-            model=job.adapter or self._config.model_name,
-            temperature=job.sampling.temperature,
-        )
+
+        def reduced(body: bytes, engine: Engine, config: ServerConfig) -> CacheRequest:
+            return self.cache.scope.body(
+                read_json(body),
+                tenant=caller.tenant,
+                model=job.adapter or config.model_name,
+                temperature=job.sampling.temperature,
+                chat=isinstance(job.request, ChatRequest),
+            )
+
+        request = await self._endpoints.on_pool(reduced, body)
         if request.bypass is not None or len(job.prompts) != 1:
             self._announce(exchange, self.cache.pass_over(request, request.bypass or "prompts"))
             return False
@@ -82,8 +87,7 @@ class CachedAnswers:
         async with contextlib.aclosing(await self.cache.answer(request, generate)) as answered:
             lookup = answered.lookup
             self._announce(exchange, lookup)
-            if lookup.kind in _FROM_CACHE:
-                self.cache.remember(reply.id, lookup)
+            self.cache.remember(reply.id, lookup)
             if job.request.stream:
                 await self._stream(exchange, reply, answered)
             else:
@@ -170,9 +174,16 @@ class CachedAnswers:
         await exchange.answer({"taken": True})
 
     async def invalidate(self, exchange: Exchange) -> None:
-        request = read_as(InvalidateRequest, await exchange.body())
+        body = await exchange.body()
+        for name, found in read_json(body).items():  # a condition that is not understood would remove too much
+            if name not in InvalidateRequest.model_fields:
+                raise bad_field(name, found, f"no other fields than {', '.join(InvalidateRequest.model_fields)}")
+        request = read_as(InvalidateRequest, body)
         tenant = caller_of(exchange, self._config).tenant
         removed = await asyncio.to_thread(self.cache.invalidate, tenant, **request.model_dump())
+        if self.cache.store_failed is not None:
+            message = f"removed {removed}, but a restart brings them back: {self.cache.store_failed}"
+            raise ApiError(500, message, code="not_on_file")
         await exchange.answer({"removed": removed})
 
     async def stats(self, exchange: Exchange) -> None:

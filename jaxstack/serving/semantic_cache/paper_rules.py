@@ -10,14 +10,17 @@ import functools
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from scipy.special import expit, ndtri
 
 from jaxstack.serving.semantic_cache.policy import (
     ALWAYS,
     NEVER,
     NO_ENTRY,
+    Cosines,
     Decisions,
+    Each,
+    Nearest,
     Policy,
     check_delta,
     cosines,
@@ -129,13 +132,7 @@ class _PerEntryRule(Policy):
         self.delta = check_delta(delta)
         self._entries: dict[int, _Observations] = {}
 
-    def decide(
-        self,
-        entries: Int[np.ndarray, "requests k"],
-        similarity: Float[np.ndarray, "requests k"],
-        u: Float[np.ndarray, "requests"],
-        delta: Float[np.ndarray, "requests"] | None = None,
-    ) -> Decisions:
+    def decide(self, entries: Nearest, similarity: Cosines, u: Each, delta: Each | None = None) -> Decisions:
         if not entries.shape[1]:
             return nearest_only(entries, np.full(len(u), NEVER), u)
         nearest = entries[:, 0].tolist()

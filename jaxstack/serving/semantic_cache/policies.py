@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
 
 from jaxstack.runtime.errors import UserError
 from jaxstack.serving.semantic_cache.budget import ErrorBudget
@@ -20,7 +19,10 @@ from jaxstack.serving.semantic_cache.policy import (
     ALWAYS,
     NEVER,
     NO_ENTRY,
+    Cosines,
     Decisions,
+    Each,
+    Nearest,
     Policy,
     check_delta,
     cosines,
@@ -31,6 +33,7 @@ from jaxstack.serving.semantic_cache.posterior import PosteriorTable, ThresholdG
 
 __all__ = [
     "POLICIES",
+    "PROMISING",
     "BayesThreshold",
     "Decisions",
     "GPTCacheRule",
@@ -54,13 +57,7 @@ class NoCache(Policy):
 
     name, learns = "none", False
 
-    def decide(
-        self,
-        entries: Int[np.ndarray, "requests k"],
-        similarity: Float[np.ndarray, "requests k"],
-        u: Float[np.ndarray, "requests"],
-        delta: Float[np.ndarray, "requests"] | None = None,
-    ) -> Decisions:
+    def decide(self, entries: Nearest, similarity: Cosines, u: Each, delta: Each | None = None) -> Decisions:
         return nearest_only(entries, np.full(len(u), NEVER), u)
 
 
@@ -74,13 +71,7 @@ class StaticThreshold(Policy):
             raise UserError(f"threshold: found {threshold}, expected a number from 0 to 1", exit_code=2)
         self.threshold = float(threshold)
 
-    def decide(
-        self,
-        entries: Int[np.ndarray, "requests k"],
-        similarity: Float[np.ndarray, "requests k"],
-        u: Float[np.ndarray, "requests"],
-        delta: Float[np.ndarray, "requests"] | None = None,
-    ) -> Decisions:
+    def decide(self, entries: Nearest, similarity: Cosines, u: Each, delta: Each | None = None) -> Decisions:
         near = cosines(similarity[:, :1]).max(axis=1, initial=-1.0) >= self.threshold
         return nearest_only(entries, np.where(near, ALWAYS, NEVER), u)
 
@@ -96,6 +87,8 @@ class GPTCacheRule(Policy):
     name, learns = "gptcache", False
 
     def __init__(self, threshold: float = 0.8, temperature: float = 0.0):
+        if not 0 <= threshold <= 1:
+            raise UserError(f"threshold: found {threshold}, expected a number from 0 to 1", exit_code=2)
         self.threshold, self.temperature = float(threshold), float(temperature)
         if temperature <= 0:
             self._passed_over = ALWAYS
@@ -104,13 +97,7 @@ class GPTCacheRule(Policy):
         else:
             self._passed_over = 1 / (1 + math.exp(1 / temperature))
 
-    def decide(
-        self,
-        entries: Int[np.ndarray, "requests k"],
-        similarity: Float[np.ndarray, "requests k"],
-        u: Float[np.ndarray, "requests"],
-        delta: Float[np.ndarray, "requests"] | None = None,
-    ) -> Decisions:
+    def decide(self, entries: Nearest, similarity: Cosines, u: Each, delta: Each | None = None) -> Decisions:
         nearest = np.asarray(similarity[:, :1], dtype=np.float64).max(axis=1, initial=-1.0)
         near = 4 - (2 - 2 * nearest) >= 4 * self.threshold
         return nearest_only(entries, np.where(near, self._passed_over, NEVER), u)
@@ -148,13 +135,7 @@ class BayesThreshold(Policy):
         self.table = PosteriorTable(grid)
         self.budget = ErrorBudget(self.delta, self.tau_min, max_pending=max_pending, strict_labels=strict_labels)
 
-    def decide(
-        self,
-        entries: Int[np.ndarray, "requests k"],
-        similarity: Float[np.ndarray, "requests k"],
-        u: Float[np.ndarray, "requests"],
-        delta: Float[np.ndarray, "requests"] | None = None,
-    ) -> Decisions:
+    def decide(self, entries: Nearest, similarity: Cosines, u: Each, delta: Each | None = None) -> Decisions:
         n = len(u)
         column, alpha, tau = np.full(n, -1), np.full(n, np.nan), np.full(n, NEVER)
         hit = np.zeros(n, dtype=bool)
@@ -228,7 +209,9 @@ class BayesThreshold(Policy):
 
 # ----------------------------------------------------------------------------------------------------------- by name
 
-POLICIES: tuple[str, ...] = ("bayes", *PAPER_RULES, "static", "gptcache", "none")
+PROMISING: tuple[str, ...] = ("bayes", *PAPER_RULES)
+"""Those that have a delta."""
+POLICIES = (*PROMISING, "static", "gptcache", "none")
 
 
 def make_policy(

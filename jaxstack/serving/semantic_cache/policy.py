@@ -13,6 +13,13 @@ from jaxtyping import Bool, Float, Int
 
 from jaxstack.runtime.errors import UserError
 
+Nearest = Int[np.ndarray, "requests k"]
+"""Of each request, the ids of its nearest entries, nearest first."""
+Cosines = Float[np.ndarray, "requests k"]
+"""Their similarities."""
+Each = Float[np.ndarray, "requests"]
+"""One number for each request."""
+
 # No candidate: the entry id of a column that is not filled.
 NO_ENTRY = -1
 # tau of a decision without a coin: always answer from the cache, or never.
@@ -53,13 +60,7 @@ class Policy:
     learns: ClassVar[bool] = True
     k: int = 1
 
-    def decide(
-        self,
-        entries: Int[np.ndarray, "requests k"],
-        similarity: Float[np.ndarray, "requests k"],
-        u: Float[np.ndarray, "requests"],
-        delta: Float[np.ndarray, "requests"] | None = None,
-    ) -> Decisions:
+    def decide(self, entries: Nearest, similarity: Cosines, u: Each, delta: Each | None = None) -> Decisions:
         """Decides for a batch; the same as one after the other.
 
         Args:
@@ -113,7 +114,7 @@ def cosines(similarity: Float[np.ndarray, "*shape"] | float) -> Float[np.ndarray
     return np.rint(np.fmin(np.fmax(similarity, 0.0), 1.0) * 1000.0) / 1000.0
 
 
-def deltas(delta: float, asked: Float[np.ndarray, "requests"] | None, requests: int) -> Float[np.ndarray, "requests"]:
+def deltas(delta: float, asked: Each | None, requests: int) -> Each:
     """The bound of each request: its own if that is lower."""
     own = np.full(requests, delta)
     return own if asked is None else np.minimum(own, asked)
@@ -125,12 +126,7 @@ def check_delta(delta: float) -> float:
     return float(delta)
 
 
-def nearest_only(
-    entries: Int[np.ndarray, "requests k"],
-    tau: Float[np.ndarray, "requests"],
-    u: Float[np.ndarray, "requests"],
-    alpha: Float[np.ndarray, "requests"] | None = None,
-) -> Decisions:
+def nearest_only(entries: Nearest, tau: Each, u: Each, alpha: Each | None = None) -> Decisions:
     """The decisions of a policy that looks at the nearest entry."""
     there = entries[:, 0] != NO_ENTRY if entries.shape[1] else np.zeros(len(entries), dtype=bool)
     tau = np.where(there, tau, NEVER)

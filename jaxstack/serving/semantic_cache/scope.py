@@ -26,6 +26,8 @@ _ELSEWHERE = {"messages", "prompt", "model", "tools", "tool_choice", "response_f
 _DEFAULTS: dict[str, Any] = {"n": 1, "best_of": 1, "logprobs": False, "top_p": 1, "frequency_penalty": 0}
 _DEFAULTS |= {"presence_penalty": 0, "echo": False, "continue_final_message": False, "return_token_ids": False}
 _LAST_TURNS = 4
+# What a request may ask for: thirty years. No date can be made of much more.
+_LONGEST_TTL_S = 1e9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,19 +81,30 @@ class CacheScope:
         # Whoever calls with a function of the prompt alone has no temperature to speak of.
         return self.body({"temperature": 0.0, **body}, tenant=tenant, model=model)
 
-    def body(self, body: Mapping[str, Any], *, tenant: str, model: str, temperature: float = 1.0) -> CacheRequest:
+    def body(
+        self,
+        body: Mapping[str, Any],
+        *,
+        tenant: str,
+        model: str,
+        temperature: float = 1.0,
+        chat: bool | None = None,
+    ) -> CacheRequest:
         """Of a body of `/v1/chat/completions` or `/v1/completions` that has been found good.
 
         Args:
           tenant: from the key that came with the request, never from the body.
           model: that answers, however the body calls it.
           temperature: of a body that names none.
+          chat: which of the two it came to: what the other one reads may stand in it and means nothing. By default it
+            is a chat if it has messages.
 
         Raises:
           UserError: its field `cache` is wrong.
         """
         mode, delta, ttl_s = read_directives(body.get("cache"))
-        system, history, text, bypass = _conversation(body)
+        chat = "messages" in body if chat is None else chat
+        system, history, text, bypass = _conversation(body, chat)
         if bypass is None:
             bypass = self._unfit(body, body.get("temperature"), temperature, opted="mode" in (body.get("cache") or {}))
         if mode == "off":
@@ -104,15 +117,18 @@ class CacheScope:
         }
         fields = {
             "tenant": owner,
-            "model": [model, self._config.revision],
+            "model": [model, self._config.revisions.get(model, self._config.revision)],
             "system": system,
             "history": history,
             "tools": [body.get("tools"), body.get("tool_choice")],
             "response_format": body.get("response_format"),
             "sampling": {"temperature": temperature, **sampling},
-            "endpoint": "chat" if "messages" in body else "text",
+            "endpoint": "chat" if chat else "text",
         }
-        exact = digest({**fields, "text": text})
+        try:
+            exact = digest({**fields, "text": text})
+        except RecursionError:  # in a field that nobody reads, as others would have been refused
+            return CacheRequest(owner, model, "", b"", b"", mode, delta, ttl_s, bypass or "nested")
         if self._config.embed_history and history:
             fields.pop("history")
             turns = [f"{turn.get('role')}: {turn.get('content')}" for turn in history[-_LAST_TURNS:]]
@@ -124,7 +140,8 @@ class CacheScope:
         """Why an answer to this is not one that another request could be given."""
         if max(body.get("n") or 1, body.get("best_of") or 1) > 1:
             return "n"
-        if body.get("logprobs") not in (None, False) or body.get("prompt_logprobs") is not None:
+        logprobs = body.get("logprobs")  # 0 asks for some, and equals False
+        if (logprobs is not None and logprobs is not False) or body.get("prompt_logprobs") is not None:
             return "logprobs"
         if body.get("tools") and body.get("tool_choice") != "none":
             return "tools"
@@ -149,22 +166,20 @@ def read_directives(found: Any) -> tuple[Mode, float | None, float | None]:
     mode, delta, ttl_s = found.get("mode", "on"), found.get("delta"), found.get("ttl_s")
     if mode not in MODES:
         raise UserError(f"cache.mode: found {str(mode)[:80]!r}, expected one of {', '.join(MODES)}")
-    for name, value, most in (("delta", delta, 0.5), ("ttl_s", ttl_s, float("inf"))):
+    for name, value, most in (("delta", delta, 0.5), ("ttl_s", ttl_s, _LONGEST_TTL_S)):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is not None and not (number and 0 < value <= most):
-            raise UserError(f"cache.{name}: found {str(value)[:80]!r}, expected a number above 0 and at most {most}")
+            raise UserError(f"cache.{name}: found {str(value)[:80]!r}, expected a number above 0 and at most {most:g}")
     return mode, delta, ttl_s
 
 
 def digest(content: Any) -> bytes:
-    """16 bytes of canonical JSON: keys in order, text in NFC."""
+    """16 bytes of canonical JSON: keys in order."""
     text = json.dumps(_normal(content), sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def _normal(content: Any) -> Any:
-    if isinstance(content, str):
-        return unicodedata.normalize("NFC", content).rstrip()
     if isinstance(content, Mapping):
         return {str(name): _normal(value) for name, value in content.items()}
     if isinstance(content, list | tuple):
@@ -174,14 +189,26 @@ def _normal(content: Any) -> Any:
     return content
 
 
-def _conversation(body: Mapping[str, Any]) -> tuple[list[Any], list[Any], str, str | None]:
+def _said(text: str) -> str:
+    """What is said in a turn, in NFC and without the space behind it. Only there does that space mean nothing: a stop
+    string may be nothing else, and the prompt of a completion is continued behind it.
+    """
+    return unicodedata.normalize("NFC", text).rstrip()
+
+
+def _turn(message: Mapping[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    return {**message, "content": _said(content)} if isinstance(content, str) else dict(message)
+
+
+def _conversation(body: Mapping[str, Any], chat: bool) -> tuple[list[Any], list[Any], str, str | None]:
     """System messages at the beginning, turns after them, the last turn's text, and why that is nothing to compare."""
-    if "messages" not in body:
+    if not chat:
         prompt = body.get("prompt")
-        return [], [], *((_normal(prompt), None) if isinstance(prompt, str) else ("", "prompt"))
+        return [], [], *((prompt, None) if isinstance(prompt, str) else ("", "prompt"))
     messages: Sequence[Mapping[str, Any]] = body["messages"]
     leading = next((i for i, m in enumerate(messages) if m.get("role") not in ("system", "developer")), len(messages))
-    system, turns = list(messages[:leading]), list(messages[leading:])
+    system, turns = list(map(_turn, messages[:leading])), list(map(_turn, messages[leading:]))
     if not turns or turns[-1].get("role") != "user":
         return system, turns, "", "last turn"
     last = turns.pop()
@@ -193,4 +220,4 @@ def _conversation(body: Mapping[str, Any]) -> tuple[list[Any], list[Any], str, s
     # Whatever else the last turn carries (a name) must match exactly.
     rest = {name: value for name, value in last.items() if name not in ("role", "content") and value is not None}
     turns = [*turns, rest] if rest else turns
-    return system, turns, *((_normal(content), None) if isinstance(content, str) else ("", "content"))
+    return system, turns, *((_said(content), None) if isinstance(content, str) else ("", "content"))

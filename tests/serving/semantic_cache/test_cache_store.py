@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -163,6 +164,88 @@ def test_expired_entries_are_gone_after_a_restart(tmp_path):
         assert cache.stats(None).entries == 1
 
 
+def embedded_anew(cache):
+    for _ in range(1000):
+        if not cache.strangers:
+            return
+        time.sleep(0.01)
+    raise AssertionError("entries of another embedder are left")
+
+
+class Held(Seeded):
+    """Of another version; several texts at once are embedded when `go` is set."""
+
+    def __init__(self, fails=False):
+        super().__init__("2")
+        self.begun, self.go, self.batches, self.fails = threading.Event(), threading.Event(), [], fails
+
+    def embed(self, texts):
+        if len(texts) > 1:
+            self.batches.append(len(texts))
+            self.begun.set()
+            assert self.go.wait(60)
+            if self.fails:
+                raise RuntimeError("no such\nmodel")
+        return super().embed(texts)
+
+
+@pytest.fixture
+def of_another(tmp_path):
+    """A file with 100 entries of another embedder."""
+    with opened(tmp_path / "c", policy="static", threshold=1.0) as cache:
+        for n in range(100):
+            ask(cache, f"w{n}#0", "yes")
+    return tmp_path / "c"
+
+
+def test_labels_come_before_what_is_embedded_anew(of_another):
+    held, seen = Held(), []
+
+    class Judge:
+        def same(self, query, a, b):
+            seen.append(len(held.batches))
+            return True
+
+    with opened(of_another, policy="vcache", embedder=held) as cache:
+        cache.judge = Judge()
+        assert held.begun.wait(30)
+        ask(cache, "new#0", "yes")
+        assert ask(cache, "new#1", "yes").kind == "explore"
+        held.go.set()
+        cache.flush()
+        assert seen == [1]
+        embedded_anew(cache)
+        assert sum(held.batches) == 100
+
+
+def test_the_end_does_not_wait_until_all_is_embedded_anew(of_another):
+    held = Held()
+    cache = opened(of_another, embedder=held)
+    assert held.begun.wait(30)
+    closing = threading.Thread(target=cache.close)
+    closing.start()
+    while cache._over_s is None:
+        time.sleep(0.001)
+    held.go.set()
+    closing.join()
+    assert len(held.batches) == 1
+    with opened(of_another, embedder=Seeded("2")) as cache:
+        assert cache.stats(None).entries == 100
+        embedded_anew(cache)
+
+
+def test_an_embedder_that_cannot_embed_anew_is_told_of_once(of_another, caplog):
+    held = Held(fails=True)
+    held.go.set()
+    with opened(of_another, embedder=held) as cache:
+        embedded_anew(cache)
+        assert cache.repeat(cache.scope.prompt("w0#0")).kind == "exact"
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "100 entries of another embedder answer their own requests only, until the next start: no such model"
+    )
+
+
 def test_entries_of_another_embedder_answer_repeats_and_are_embedded_anew(tmp_path):
     with opened(tmp_path / "c", policy="static", threshold=0.9) as cache:
         ask(cache, "a#0", "yes")
@@ -170,10 +253,22 @@ def test_entries_of_another_embedder_answer_repeats_and_are_embedded_anew(tmp_pa
         assert ask(cache, "a#1", "").kind == "hit"
     with opened(tmp_path / "c", policy="static", threshold=0.9, embedder=Seeded("2")) as cache:
         assert cache.repeat(cache.scope.prompt("a#0")).response.text == "yes"
-        cache.flush()
+        embedded_anew(cache)
         assert ask(cache, "a#1", "").response.text == "yes"
     with opened(tmp_path / "c", policy="static", threshold=0.9, embedder=Seeded("2")) as cache:
         assert ask(cache, "b#1", "").response.text == "no"
+
+
+def test_what_was_used_last_is_known_after_a_restart(tmp_path):
+    settings = {"ttl_s": None, "eviction": "lru", "policy": "static", "threshold": 1.0}
+    with opened(tmp_path / "c", **settings) as cache:
+        for now, text in enumerate(("a#0", "b#0", "a#0")):
+            lookup = cache.lookup([cache.scope.prompt(text)], float(now))[0]
+            if lookup.response is None:
+                cache.complete(lookup, CachedResponse(text), float(now))
+    with opened(tmp_path / "c", max_entries=1, **settings) as cache:
+        assert cache.repeat(cache.scope.prompt("a#0")) is not None
+        assert cache.repeat(cache.scope.prompt("b#0")) is None
 
 
 def test_a_second_process_is_told_so(tmp_path):
@@ -189,16 +284,40 @@ def test_files_that_are_no_cache(tmp_path):
     other = sqlite3.connect(tmp_path / "other")
     other.execute("CREATE TABLE things(a)")
     other.close()
+    empty = sqlite3.connect(tmp_path / "unversioned")
+    empty.execute("CREATE TABLE things(a)")
+    empty.close()
     newer = sqlite3.connect(tmp_path / "newer")
     newer.execute("PRAGMA user_version = 99")
     newer.close()
-    for name, words in (("text", "cannot be read"), ("other", "another program"), ("newer", "version 99")):
+    for name, words in (
+        ("text", "cannot be read"),
+        ("other", "another program"),
+        ("unversioned", "another program"),
+        ("newer", "version 99"),
+    ):
         with pytest.raises(UserError, match=words) as caught:
             opened(tmp_path / name)
         assert caught.value.exit_code == 2
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="cannot be opened"):
         opened("/proc/none/cache")
+
+
+def test_a_file_whose_contents_make_no_sense_is_one_line(tmp_path):
+    for column, value in (("response", "{"), ("response", '{"words": 3}'), ("embedding", b"\xff" * 4 * DIM)):
+        path = tmp_path / f"{column}{len(value)}"
+        with opened(path) as cache:
+            ask(cache, "a#0", "yes")
+        connection = sqlite3.connect(path)
+        connection.execute(f"UPDATE entries SET {column} = ?", (value,))
+        connection.commit()
+        connection.close()
+        with pytest.raises(UserError, match="cannot be read as a cache") as caught:
+            opened(path)
+        assert caught.value.exit_code == 2
+        with pytest.raises(UserError, match="cannot be read as a cache"):  # and is not held on to
+            opened(path)
 
 
 def test_a_store_that_cannot_be_written_leaves_the_cache_in_memory(tmp_path):
