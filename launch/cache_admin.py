@@ -96,7 +96,9 @@ def show(store: StoreReader) -> list[dict[str, Any]]:
 
 
 def _owners_table(rows: list[dict[str, Any]]) -> str:
-    lines: list[tuple[str, ...]] = [("OWNER", "ENTRIES", "MB", "HITS", "SAVED", "LABELS", "WRONG", "POLICY", "REQUESTS", "ERROR")]
+    lines: list[tuple[str, ...]] = [
+        ("OWNER", "ENTRIES", "MB", "HITS", "SAVED", "LABELS", "WRONG", "POLICY", "REQUESTS", "ERROR")
+    ]
     for row in rows:
         counts = (row["entries"], f"{row['bytes'] / 1e6:.1f}", row["hits"], f"{row['saved_s']:.0f} s")
         cells = tuple(map(str, (row["owner"], *counts, row["labels"], row["wrong_labels"])))
