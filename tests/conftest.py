@@ -1,8 +1,8 @@
 """What all tests share: one folder of compiled programs, so that a program met twice in a run is compiled once, by
-whichever worker, or program that a test starts, meets it first; and in some folders quick compilation, which is most of
-their tests' time.
+whichever worker, or program that a test starts, meets it first; and quick compilation, which is most of their time.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -11,10 +11,15 @@ import pytest
 
 from jaxstack.runtime.compilation import use_compilation_cache
 
-# Folders and files whose tests' machine code is not optimised. XLA's own passes are the same either way.
-QUICKLY_COMPILED = {
-    "launch", "serving", "test_training_chat", "test_training_flops", "test_training_generation", "test_training_lora",
-    "test_training_rl", "test_moe", "test_encoder", "test_decoder", "test_adapter_slots",
+# Folders and files whose machine code is optimised. Everywhere else compiling is most of the time, and is done quickly;
+# XLA's own passes are the same either way.
+OPTIMISED = {
+    "test_sampling", "kernels", "models", "training", "fleet", "reasoning", "runtime", "test_engine_mesh", "pde",
+    "router", "semantic_cache",
+}  # fmt: skip
+QUICK = {
+    "test_training_chat", "test_training_flops", "test_training_generation", "test_training_lora", "test_training_rl",
+    "test_moe", "test_encoder", "test_decoder", "test_adapter_slots",
 }  # fmt: skip
 # Where the files are that take longest: first, so that no worker is left with one alone at the end.
 LONGEST = ("launch", "fleet", "training", "engine", "pde", "models", "kernels", "serving")
@@ -31,6 +36,9 @@ def compiled_programs(tmp_path_factory):
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"  # one for all workers
     use_compilation_cache(folder)
+    # Traced programs and what was imported stay: looking through them again and again finds nothing.
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
     os.environ |= {
         "JAX_COMPILATION_CACHE_DIR": str(folder),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -41,6 +49,6 @@ def compiled_programs(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def machine_code(request, compiled_programs):
-    quick = bool({request.path.parent.name, request.path.stem} & QUICKLY_COMPILED)
+    quick = request.path.stem in QUICK or not {request.path.parent.name, request.path.stem} & OPTIMISED
     jax.config.update("jax_disable_most_optimizations", quick)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quick))

@@ -4,13 +4,13 @@ import dataclasses
 from collections.abc import Iterator
 
 import pytest
-from flax import nnx
 
 from jaxstack.engine import Engine, EngineConfig, Guide, SamplingParams
 from jaxstack.engine.request import Completion, Delta
-from jaxstack.models.decoder import Decoder, DecoderConfig
+from jaxstack.models.decoder import DecoderConfig
 from jaxstack.models.tokenizer import byte_tokenizer
 from jaxstack.runtime.errors import UserError
+from jaxstack.training.initialize import fresh_decoder
 
 MODEL = DecoderConfig(
     architecture="Qwen2ForCausalLM", vocab_size=byte_tokenizer().vocab_size, hidden_size=16, intermediate_size=16,
@@ -24,7 +24,7 @@ LONG = SamplingParams(max_tokens=20, temperature=1.0, seed=3, ignore_eos=True)
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     config = EngineConfig(max_sequences=4, max_batch_tokens=16, page_size=8, num_pages=64, speculation=2)
-    engine = Engine(Decoder(MODEL, rngs=nnx.Rngs(0)), byte_tokenizer(), config)
+    engine = Engine(fresh_decoder(MODEL), byte_tokenizer(), config)
     engine.warm_up(progress=False)
     yield engine
     engine.close()

@@ -22,6 +22,7 @@ from jaxstack.models.decoder import Decoder, DecoderConfig
 from jaxstack.models.tokenizer import byte_tokenizer
 from jaxstack.runtime.compilation import CompileCounter
 from jaxstack.runtime.errors import UserError
+from jaxstack.training.initialize import fresh_decoder
 from kernels.matmul import PackedWeight, available
 
 VOCAB = byte_tokenizer().vocab_size
@@ -44,7 +45,7 @@ SETTINGS = EngineConfig(max_sequences=4, max_batch_tokens=64, page_size=4, num_p
 
 
 def decoder() -> Decoder:
-    return Decoder(MODEL, rngs=nnx.Rngs(0))
+    return fresh_decoder(MODEL)
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,10 @@ from jaxstack.engine.memory.schedule import check
 from jaxstack.engine.memory.schedule_build import TaskTimes
 from jaxstack.engine.offload import OffloadConfig, host_experts, layouts_for, step_schedule, total_page_bytes
 from jaxstack.engine.page_store import DEVICE
-from jaxstack.models import Decoder, DecoderConfig, MoeConfig, dense_attention
+from jaxstack.models import DecoderConfig, MoeConfig, dense_attention
 from jaxstack.runtime.compilation import CompileCounter
 from jaxstack.runtime.errors import UserError
+from jaxstack.training.initialize import fresh_decoder
 
 SIZES = {
     "vocab_size": 83,
@@ -69,7 +70,7 @@ def prompts() -> list[list[int]]:
 
 def engine_of(config: DecoderConfig, offload: OffloadConfig | None, **changes) -> Engine:
     settings = dataclasses.replace(SETTINGS, offload=offload, **changes)
-    engine = Engine(Decoder(config, rngs=nnx.Rngs(0)), None, settings)
+    engine = Engine(fresh_decoder(config), None, settings)
     engine.warm_up(progress=False)
     return engine
 
@@ -90,7 +91,7 @@ def plain():
     def of(config: DecoderConfig, tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
         key = f"{config.architecture} {config.num_layers}"
         if key not in compiled:
-            graph, state = nnx.split(Decoder(config, rngs=nnx.Rngs(0)))
+            graph, state = nnx.split(fresh_decoder(config))
 
             @jax.jit
             def forward(state, tokens):
@@ -281,7 +282,7 @@ def test_settings_that_contradict_each_other(changes, message):
 
 def test_the_weights_of_an_engine_that_streams_them_are_not_exchanged(small):
     with pytest.raises(UserError, match="keeps weights on the host"):
-        small.update_weights(Decoder(DEEP, rngs=nnx.Rngs(1)))
+        small.update_weights(fresh_decoder(DEEP, seed=1))
 
 
 @pytest.mark.parametrize("layers", [1, 2, 5])

@@ -11,8 +11,9 @@ from flax import nnx
 from jaxstack.engine import Engine, EngineConfig, SamplingParams
 from jaxstack.engine.prompt_scores import PageScores, PromptScores
 from jaxstack.models.attention import dense_attention
-from jaxstack.models.decoder import Decoder, DecoderConfig
+from jaxstack.models.decoder import DecoderConfig
 from jaxstack.runtime.compilation import CompileCounter
+from jaxstack.training.initialize import fresh_decoder
 
 VOCAB = 61
 MODEL = DecoderConfig(
@@ -33,7 +34,7 @@ MODEL = DecoderConfig(
 @pytest.fixture(scope="module")
 def engine(expected) -> Engine:
     made = Engine(
-        Decoder(MODEL, rngs=nnx.Rngs(0)),
+        fresh_decoder(MODEL),
         None,
         EngineConfig(max_sequences=4, max_batch_tokens=64, page_size=4, num_pages=120),
     )
@@ -44,7 +45,7 @@ def engine(expected) -> Engine:
 @pytest.fixture(scope="module")
 def expected():
     """prompt -> [tokens, vocab] logprobs of what follows each position, in float32 without a cache."""
-    graph, state = nnx.split(Decoder(MODEL, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(fresh_decoder(MODEL))
 
     @jax.jit
     def forward(tokens, length):

@@ -21,9 +21,10 @@ from jaxstack.engine.scheduler import Scheduler
 from jaxstack.engine.scheduling import policy_named
 from jaxstack.engine.speculate import Drafter
 from jaxstack.models.attention import dense_attention
-from jaxstack.models.decoder import Decoder, DecoderConfig
+from jaxstack.models.decoder import DecoderConfig
 from jaxstack.runtime.compilation import CompileCounter
 from jaxstack.runtime.errors import UserError
+from jaxstack.training.initialize import fresh_decoder
 
 VOCAB = 40
 MODEL = DecoderConfig(
@@ -53,7 +54,7 @@ def plain():
     It ends at a near-tie, where rounding decides.
     """
     window = MODEL.max_position_embeddings
-    graph, state = nnx.split(Decoder(MODEL, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(fresh_decoder(MODEL))
 
     @jax.jit
     def following(tokens, length):
@@ -82,7 +83,7 @@ def plain():
 
 @pytest.fixture(scope="module")
 def engine(plain) -> Engine:
-    made = Engine(Decoder(MODEL, rngs=nnx.Rngs(0)), None, SETTINGS)
+    made = Engine(fresh_decoder(MODEL), None, SETTINGS)
     made.warm_up(progress=False)
     return made
 

@@ -8,7 +8,6 @@ import sys
 from collections import Counter, defaultdict
 
 import pytest
-from flax import nnx
 
 from jaxstack.engine import Engine, EngineConfig
 from jaxstack.engine.live import EngineServer, step_shapes
@@ -28,8 +27,9 @@ from jaxstack.engine.scheduling.simulator import SimulatedReplica, UnfairSchedul
 from jaxstack.engine.scheduling.step_cost import StepCostModel, StepLog, StepSample, StepShapes
 from jaxstack.engine.scheduling.trace import TraceRecorder, read_trace
 from jaxstack.engine.scheduling.workloads import DocumentClient, Documents, named
-from jaxstack.models import Decoder, DecoderConfig
+from jaxstack.models import DecoderConfig
 from jaxstack.runtime.errors import UserError
+from jaxstack.training.initialize import fresh_decoder
 
 COSTS = StepCostModel(0.002, 25e-6)
 SIZES = {"num_pages": 48, "page_size": 8, "max_sequences": 4, "max_batch_tokens": 48}
@@ -65,7 +65,7 @@ def engine():
 
 
 def warm_engine() -> Engine:
-    engine = Engine(Decoder(MODEL, rngs=nnx.Rngs(0)), None, EngineConfig(**SIZES, dtype="float32"))
+    engine = Engine(fresh_decoder(MODEL), None, EngineConfig(**SIZES, dtype="float32"))
     engine.warm_up(progress=False)
     return engine
 

@@ -18,6 +18,7 @@ from jaxstack.engine.swap_start import cache_shape, start_swapping
 from jaxstack.models.decoder import Decoder, DecoderConfig
 from jaxstack.runtime.errors import UserError
 from jaxstack.runtime.memory_spaces import Space, probe_spaces
+from jaxstack.training.initialize import fresh_decoder
 
 SETTINGS = {"max_sequences": 4, "max_batch_tokens": 16, "max_model_len": 96, "page_size": 4, "dtype": "float32"}
 
@@ -35,7 +36,7 @@ def model(layers=32, **changes) -> Decoder:
         "max_position_embeddings": 256,
         "initializer_range": 0.3,
     }
-    return Decoder(DecoderConfig(**{**config, **changes}), rngs=nnx.Rngs(0))
+    return fresh_decoder(DecoderConfig(**{**config, **changes}))
 
 
 def swapping(share, pages, layers=32, swap=None, emulate=None, changes=None, **settings) -> Engine:
