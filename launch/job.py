@@ -7,6 +7,7 @@ None). Exit codes: 0 done, 1 failed, 2 bad usage. A `UserError` prints one line 
 import dataclasses
 import json
 import logging
+import os
 import runpy
 import sys
 import types
@@ -162,16 +163,30 @@ def main(run: Callable[[], Mapping[str, Any] | None]) -> None:
             return _fail(BadUsage(f"unexpected argument {rest[1]!r}; flags are written --name=value"))
         try:
             summary = run()
+            if summary is not None:
+                print(json.dumps(summary), flush=True)
         except UserError as error:
             return _fail(error)
+        except BrokenPipeError:
+            if not _unread():
+                raise
+            return 141
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
-        if summary is not None:
-            print(json.dumps(summary), flush=True)
         return 0
 
     app.run(guarded, argv=argv, flags_parser=_parse_flags)
+
+
+def _unread() -> bool:
+    """Whether nobody reads our output any more, as after `| head`; from then on it goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

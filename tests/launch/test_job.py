@@ -104,6 +104,9 @@ LAUNCHER = """
 
     def run():
         print("on the way")
+        if COUNT.value == 1_000_000:
+            for number in range(COUNT.value):
+                print(number, flush=True)
         if COUNT.value == 13:
             raise UserError("count: found 13,\\nexpected luck")
         return {"count": COUNT.value}
@@ -131,3 +134,14 @@ def test_exit_codes_and_one_line_each(tmp_path, arguments, code, line):
         assert json.loads(done.stdout.splitlines()[-1]) == {"count": 2}
     else:
         assert done.stderr.splitlines() == [line]
+
+
+def test_output_that_nobody_reads_on_ends_it_without_a_word(tmp_path):
+    program = tmp_path / "thing.py"
+    program.write_text(textwrap.dedent(LAUNCHER))
+    command = [sys.executable, str(program), "--count=1000000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+        assert job.stdout.readline() == "on the way\n"
+        job.stdout.close()
+        assert job.wait(600) == 141
+        assert job.stderr.read() == ""
