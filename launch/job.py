@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import runpy
+import select
 import sys
 import types
 import typing
@@ -181,12 +182,12 @@ def main(run: Callable[[], Mapping[str, Any] | None]) -> None:
 
 def _unread() -> bool:
     """Whether nobody reads our output any more, as after `| head`; from then on it goes nowhere."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    reader = select.poll()
+    reader.register(sys.stdout.fileno(), 0)  # errors are told unasked
+    if not reader.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
