@@ -2,7 +2,8 @@
 
 One process imports the libraries and then forks at a word: the copy gets its own arguments, folder, environment and
 streams, leads a session of its own, runs the launcher's file as `python -m` does, and ends as any process does. What a
-launcher itself defines (its flags) is imported in the copy. Each launcher's longest test starts it `anew`.
+launcher itself defines (its flags) is imported in the copy. One launcher of each kind (training, serving, routing,
+solving, planning) is started `anew` by its longest test.
 """
 
 import atexit

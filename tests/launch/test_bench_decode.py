@@ -15,7 +15,7 @@ from launch.serve_benchmark.shapes import llama8b, model_config, token_bytes, we
 
 def test_a_run_gives_both_figures():
     flags = ["--layers=1", "--vocab_size=640", "--rows=2", "--context=40", "--page_size=16", "--steps=2"]
-    done = run("launch.bench_decode", *flags, anew=True)
+    done = run("launch.bench_decode", *flags)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.strip().splitlines()[-1])
     assert found["recompilations"] == 0 and found["layers"] == 1

@@ -14,7 +14,7 @@ from launch.kernel_benchmark import attention, case, heads_and_rows, measure, mi
 
 def test_a_run_writes_its_summary_and_plot(tmp_path):
     flags = ["--ops=matmul,kv_write", "--shapes=64x96", "--rows=1,3", "--seconds=0.01"]
-    done = run("launch.bench_kernels", *flags, f"--workdir={tmp_path / 'new'}", anew=True)
+    done = run("launch.bench_kernels", *flags, f"--workdir={tmp_path / 'new'}")
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.strip().splitlines()[-1])
     assert summary == json.loads((tmp_path / "new" / "summary.json").read_text())

@@ -69,7 +69,7 @@ def test_over_http(tmp_path: Path, url: str) -> None:
     known.write_text(json.dumps({"id": 7, "problem": "what is 4 plus 40", "answer": "44"}) + "\n")
     flags = [f"--problems={problems}", f"--evaluation=AIME24:{known}", f"--workdir={tmp_path / 'run'}"]
     flags += [f"--url={url}", f"--rewriter_url={url}", "--max_tokens=50", "--noextended"]
-    done = run("launch.distill_data", *flags, anew=True)
+    done = run("launch.distill_data", *flags)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary == {"problems": 4, "kept": 2, "failed": 0, "rejected": {"decontaminate": 1, "grade": 1}}

@@ -133,7 +133,7 @@ def replay(*arguments: str, **how: bool) -> subprocess.CompletedProcess[str]:
 
 
 def test_replay_prints_a_table(trace, tmp_path):
-    done = replay(f"--trace={trace}", "--policies=vtc,dlpm", "--quantum=2048", f"--workdir={tmp_path}", anew=True)
+    done = replay(f"--trace={trace}", "--policies=vtc,dlpm", "--quantum=2048", f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert summary == json.loads((tmp_path / "summary.json").read_text())

@@ -10,7 +10,7 @@ GOLDEN = ROOT / "tests" / "golden"
 def test_merges_an_adapter_into_its_base_and_refuses_one_for_another_model(tmp_path):
     base, adapter = GOLDEN / "decoder" / "qwen2", GOLDEN / "training" / "adapter"
     flags = [f"--model={base}", f"--adapter={adapter}", f"--out={tmp_path / 'merged'}", "--dtype=float32"]
-    done = run("launch.export", *flags, anew=True)
+    done = run("launch.export", *flags)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary == {"model_folder": str(tmp_path / "merged"), "merged_modules": 9, "dtype": "float32"}

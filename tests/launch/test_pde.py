@@ -48,16 +48,16 @@ def own(tmp_path_factory):
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, compiled_programs):
     import numpy as np
 
-    arguments = (*SMALL, "--config.budget_s=none", "--config.max_iterations=400")
+    arguments = (*SMALL, "--config.budget_s=none", "--config.max_iterations=120")
     code, out, err = run(*arguments, f"--workdir={tmp_path / 'whole'}", anew=True)
     assert code == 0, err
     summary = json.loads(out.splitlines()[-1])
     assert summary == json.loads((tmp_path / "whole" / "summary.json").read_text())
-    assert summary["iterations"] == 400 and summary["recompilations"] == 0 and summary["errors"]["c_l2"] < 0.3
+    assert summary["iterations"] == 120 and summary["recompilations"] == 0 and summary["errors"]["c_l2"] < 0.3
     assert "all checks passed" in err
     for name in ("error.png", "solution.png"):
         assert (tmp_path / "whole" / name).read_bytes().startswith(b"\x89PNG")
-    assert len((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()) >= 40
+    assert len((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()) >= 12
 
     for number in range(20):  # once more where a busy machine let it end first
         killed = tmp_path / f"killed{number}"

@@ -10,7 +10,7 @@ from jaxstack.runtime.machine import load_profile
 def test_a_probe_writes_a_profile(tmp_path):
     path = tmp_path / "machine.json"
     flags = [f"--out={path}", "--seconds=0.4", "--mib=4", "--name=here"]
-    done = run("launch.probe_hardware", *flags, anew=True)
+    done = run("launch.probe_hardware", *flags)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.strip().splitlines()[-1])
     profile = load_profile(str(path))

@@ -10,7 +10,7 @@ def test_the_embedded_model(tmp_path: Path) -> None:
     """A real engine, asked from several threads; its prompt opens the thought."""
     flags = ["--limit=12", "--samples=2", "--budgets=40,150", "--temperature=1", f"--workdir={tmp_path}"]
     flags += ["--max_sequences=4", "--max_batch_tokens=32", "--pages=100"]
-    done = run("launch.reason_eval", *flags, anew=True)
+    done = run("launch.reason_eval", *flags)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary == json.loads((tmp_path / "summary.json").read_text())

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from jaxstack.reasoning.longcot.report import analyse, report_text
 from jaxstack.runtime.errors import UserError
 from launch.papers.longcot import look_through
 
-REPOSITORY = Path(__file__).parents[2]
 CONFIG = study_config(
     "relay",
     cells=(Cell("correct"), Cell("shuffle")),
@@ -33,24 +31,13 @@ CONFIG = study_config(
     save_every=2,
     workers=1,
 )
-STUDY = """
-import json, sys
-from pathlib import Path
-from jaxstack.reasoning.longcot.config import StudyConfig
-from jaxstack.reasoning.longcot.study import run_study
-
-print(run_study(StudyConfig.from_json(json.loads(sys.argv[2])), Path(sys.argv[1])).table)
-"""
 
 
-def start_study(workdir: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", STUDY, str(workdir), json.dumps(CONFIG.as_json())],
-        cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def start_study(workdir: Path) -> programs.Program:
+    return programs.start("tests.launch.tiny_study", workdir, json.dumps(CONFIG.as_json()))
 
 
-def start_until_checkpoint(workdir: Path, cell: str) -> subprocess.Popen:
+def start_until_checkpoint(workdir: Path, cell: str) -> programs.Program:
     """A study in the middle of a cell."""
     process, deadline = start_study(workdir), time.monotonic() + 300
     while not any((workdir / cell / "train" / "checkpoints").glob("[0-9]*")):
@@ -59,7 +46,7 @@ def start_until_checkpoint(workdir: Path, cell: str) -> subprocess.Popen:
     return process
 
 
-def finished(process: subprocess.Popen) -> str:
+def finished(process: programs.Program) -> str:
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     return out
@@ -75,7 +62,7 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path, compiled_programs):
     workdir.mkdir()
     (workdir / "compiled").symlink_to(compiled_programs)
     process = start_until_checkpoint(workdir, "shuffle-1-seed0")
-    process.kill()
+    process.kill()  # alone: its worker finds out
     process.communicate()
     assert not (workdir / "shuffle-1-seed0" / "summary.json").exists()
     done = {name: (workdir / name / "summary.json").stat().st_mtime_ns for name in ("base", "correct-seed0")}

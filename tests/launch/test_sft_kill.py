@@ -11,7 +11,7 @@ from pathlib import Path
 import programs
 import pytest
 
-STEPS = 160
+STEPS = 96
 CONFIG = """
 from jaxstack.models import DecoderConfig
 from jaxstack.training import DataConfig, OptimizerConfig, SftConfig
@@ -26,7 +26,7 @@ def get_config():
         model=model,
         data=DataConfig(paths=(r"{data}",), eval_paths=(r"{data}",)),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=4),
-        batch_rows=2, accum_steps=2, seq_len=48, max_steps={steps}, save_every=3, log_every=2, eval_every=40,
+        batch_rows=2, accum_steps=2, seq_len=48, max_steps={steps}, save_every=3, log_every=2, eval_every=24,
     )
 """
 
