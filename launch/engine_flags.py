@@ -73,7 +73,7 @@ def model_folder() -> Path:
 def load_engine(folder: Path, config: EngineConfig) -> Engine:
     """The engine of a model folder, with the adapters that the flags name."""
     engine = Engine.from_folder(folder, config)
-    for name, adapter in _adapters():
+    for name, adapter in adapters():
         engine.load_adapter(name, adapter)
     return engine
 
@@ -101,7 +101,8 @@ def model_here() -> Iterator[tuple[EngineModel, str]]:
         yield EngineModel(engine), folder.resolve().name
 
 
-def _adapters() -> list[tuple[str, str]]:
+def adapters() -> list[tuple[str, str]]:
+    """Names and folders of those that the flags name. Raises BadUsage."""
     pairs = [text.partition("=") for text in _ADAPTERS.value]
     for name, _, folder in pairs:
         if not name or not folder:
@@ -134,7 +135,7 @@ def engine_config(**changes: Any) -> EngineConfig:
         "quantum": _QUANTUM.value,
         "client_weights": _client_weights(),
         "reserve_pages": _RESERVE.value,
-        "max_adapters": len(_adapters()) if _MAX_ADAPTERS.value is None else _MAX_ADAPTERS.value,
+        "max_adapters": len(adapters()) if _MAX_ADAPTERS.value is None else _MAX_ADAPTERS.value,
         "max_adapter_rank": _RANK.value,
         "speculation": _SPECULATION.value,
         "batch_invariant": _INVARIANT.value,

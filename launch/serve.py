@@ -123,8 +123,9 @@ def run() -> dict[str, Any]:
     settings, plan = offload_flags.with_offload(engine_flags.engine_config(kv_swap=_swap()), folder)
     if plan is not None:
         print(plan, file=sys.stderr, flush=True)
+    adapters = {name: Path(adapter) for name, adapter in engine_flags.adapters()}
     # The address first: loading takes a while, and a port in use should be known before.
-    with contextlib.closing(listen(config)) as listener, cache_flags.semantic_cache(folder) as cache:
+    with contextlib.closing(listen(config)) as listener, cache_flags.semantic_cache(folder, adapters) as cache:
         engine = engine_flags.load_engine(folder, settings)
         cache_flags.let_judge(cache, engine)
         for note in engine.notes:

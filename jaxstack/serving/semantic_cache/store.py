@@ -23,6 +23,7 @@ from jaxtyping import Float
 from jaxstack.runtime.errors import UserError
 from jaxstack.serving.semantic_cache.entry import Entry
 from jaxstack.serving.semantic_cache.store_reader import (
+    LABELS_KEPT,
     VERSION,
     StoredLabel,
     StoreReader,
@@ -33,8 +34,14 @@ from jaxstack.serving.semantic_cache.store_reader import (
 log = logging.getLogger(__name__)
 
 _GROUP, _GROUP_S = 256, 0.01
+# How long a commit waits for another program that has the file.
+_BUSY_S = 30.0
 
 _OWNER = "INSERT OR REPLACE INTO owners VALUES (?, ?, ?, ?)"
+_OLD_LABELS = f"""
+DELETE FROM labels WHERE entry_id = ?1 AND rowid <=
+    (SELECT rowid FROM labels WHERE entry_id = ?1 ORDER BY rowid DESC LIMIT 1 OFFSET {LABELS_KEPT})
+"""
 _SCHEMA = """
 CREATE TABLE meta(name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE entries(
@@ -109,6 +116,7 @@ class CacheStore(StoreReader):
     def label(self, label: StoredLabel, tau: float, source: str, embedder_id: str, at_s: float) -> None:
         values = (int(label.entry), float(label.similarity), int(label.correct), float(tau), source, embedder_id, at_s)
         self._put("INSERT INTO labels VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+        self._put(_OLD_LABELS, values[:1])
 
     def flush(self) -> bool:
         """Waits until all that was put is on file. Returns whether it is."""
@@ -135,21 +143,25 @@ class CacheStore(StoreReader):
             self._queue.put((statement, values))
 
     def _write(self) -> None:
-        connection = sqlite3.connect(self.path, isolation_level=None)
+        connection: sqlite3.Connection | None = None
         try:
-            self._settings(connection)
             while True:
                 group, waiting, last = self._next_group()
-                try:
-                    self._commit(connection, group)
-                except (sqlite3.Error, UnicodeError) as error:
-                    self._fail(error)
+                if self.failed is None:
+                    try:
+                        if connection is None:
+                            connection = sqlite3.connect(self.path, isolation_level=None, timeout=_BUSY_S)
+                            self._settings(connection)
+                        self._commit(connection, self._gathered(group))
+                    except Exception as error:  # whatever it is: whoever waits must not wait for ever
+                        self._fail(error)
                 for done in waiting:
                     done.set()
                 if last:
                     return
         finally:
-            connection.close()
+            if connection is not None:
+                connection.close()
 
     @staticmethod
     def _settings(connection: sqlite3.Connection) -> None:
@@ -163,7 +175,6 @@ class CacheStore(StoreReader):
         item: tuple[str, Any] | None = self._queue.get()
         while True:
             if item is None:
-                self._gather(group)
                 return group, waiting, True
             if item[0] == "flush":
                 waiting.append(item[1])
@@ -176,16 +187,14 @@ class CacheStore(StoreReader):
                 item = self._queue.get(timeout=0 if waiting else _GROUP_S)
             except queue.Empty:
                 break
-        self._gather(group)
         return group, waiting, False
 
-    def _gather(self, group: list[tuple[str, Any]]) -> None:
-        """Puts what `collect` says behind the group."""
-        if self._collect is not None:
-            group += [(_OWNER, values) for values in self._collect()]
+    def _gathered(self, group: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+        """The group, and behind it what `collect` says."""
+        return group if self._collect is None else [*group, *((_OWNER, values) for values in self._collect())]
 
     def _commit(self, connection: sqlite3.Connection, group: list[tuple[str, Any]]) -> None:
-        if not group or self.failed is not None:
+        if not group:
             return
         connection.execute("BEGIN IMMEDIATE")
         try:

@@ -15,8 +15,9 @@ from jaxstack.runtime.errors import UserError
 from jaxstack.serving.semantic_cache.entry import CachedResponse, Entry
 
 VERSION = 1
-# Labels of an entry that a start reads.
-_LABELS = 256
+LABELS_KEPT = 256
+"""Of each entry, the newest."""
+_TABLES = {"meta", "entries", "labels", "owners"}
 
 _FIELDS = "id, owner, scope, exact, model, prompt, response, semantic, created_s, expires_s, last_used_s, hits, "
 _FIELDS += "saved_s, bytes, reports, embedding, embedder_id"
@@ -52,12 +53,12 @@ class StoreReader:
         """The newest labels of each entry, in the order in which they came."""
         ranked = "SELECT rowid, entry_id, s, c, row_number() OVER (PARTITION BY entry_id ORDER BY rowid DESC) AS age "
         ranked += "FROM labels WHERE embedder_id = ?"
-        query = f"SELECT entry_id, s, c FROM ({ranked}) WHERE age <= {_LABELS} ORDER BY rowid"
+        query = f"SELECT entry_id, s, c FROM ({ranked}) WHERE age <= {LABELS_KEPT} ORDER BY rowid"
         for entry, s, c in self._reader.execute(query, (embedder_id,)):
             yield StoredLabel(entry, s, bool(c))
 
     def labels_of(self, entry_id: int) -> list[tuple[float, bool, str, float]]:
-        """All labels of an entry, oldest first: similarity, whether it was right, who said so, when."""
+        """The labels of an entry that are kept, oldest first: similarity, whether it was right, who said so, when."""
         query = "SELECT s, c, source, at_s FROM labels WHERE entry_id = ? ORDER BY rowid"
         return [(s, bool(c), source, at_s) for s, c, source, at_s in self._reader.execute(query, (entry_id,))]
 
@@ -110,10 +111,10 @@ def reading(path: str | Path) -> Iterator[StoreReader]:
 def version_of(connection: sqlite3.Connection, path: str | Path) -> int | None:
     """The version of the file; None of one with nothing in it. Raises UserError for one that is not ours to read."""
     version = int(connection.execute("PRAGMA user_version").fetchone()[0])
-    tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     if version > VERSION:
         raise UserError(f"path: {path} has version {version}, expected at most {VERSION}", exit_code=2)
-    if version == 0 and tables:
+    if tables and not (version and tables.issuperset(_TABLES)):
         raise UserError(f"path: {path} is a database of another program, expected a cache's", exit_code=2)
     return version or None
 

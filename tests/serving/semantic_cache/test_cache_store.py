@@ -15,6 +15,7 @@ import pytest
 
 from jaxstack.runtime.errors import UserError
 from jaxstack.serving.semantic_cache import CacheConfig, CachedResponse, SemanticCache
+from jaxstack.serving.semantic_cache.store import CacheStore, StoredLabel
 
 DIM = 16
 
@@ -271,6 +272,40 @@ def test_what_was_used_last_is_known_after_a_restart(tmp_path):
         assert cache.repeat(cache.scope.prompt("b#0")) is None
 
 
+def rows(path, query):
+    connection = sqlite3.connect(path)
+    try:
+        return connection.execute(query).fetchall()
+    finally:
+        connection.close()
+
+
+def test_labels_of_an_entry_that_is_asked_for_ever_do_not_pile_up(tmp_path):
+    store = CacheStore(tmp_path / "c")
+    store.begin()
+    for n in range(700):
+        store.label(StoredLabel(1 + n % 2, n / 1000, True), 0.5, "explored", "e", 0.0)
+    assert store.flush()
+    store.close()
+    kept = rows(tmp_path / "c", "SELECT entry_id, count(*), max(s) FROM labels GROUP BY entry_id ORDER BY entry_id")
+    assert kept == [(1, 256, 0.698), (2, 256, 0.699)]
+
+
+def test_a_store_that_cannot_be_opened_for_writing_says_so(tmp_path, monkeypatch):
+    def refuse(self, connection):
+        raise sqlite3.OperationalError("disk I/O error")
+
+    with opened(tmp_path / "c", policy="static", threshold=0.9) as cache:
+        ask(cache, "a#0", "yes")
+        assert cache.flush()
+    monkeypatch.setattr(CacheStore, "_settings", refuse)
+    with opened(tmp_path / "c", policy="static", threshold=0.9) as cache:
+        assert cache.repeat(cache.scope.prompt("a#0")) is not None
+        assert not cache.flush()
+        assert "disk I/O error" in cache.stats(None).store
+        assert ask(cache, "a#1", "").response.text == "yes"
+
+
 def test_a_second_process_is_told_so(tmp_path):
     with opened(tmp_path / "c"):
         with pytest.raises(UserError, match="in use by another process") as caught:
@@ -283,6 +318,7 @@ def test_files_that_are_no_cache(tmp_path):
     (tmp_path / "text").write_text("not a database" * 100)
     other = sqlite3.connect(tmp_path / "other")
     other.execute("CREATE TABLE things(a)")
+    other.execute("PRAGMA user_version = 1")  # as many programs do
     other.close()
     empty = sqlite3.connect(tmp_path / "unversioned")
     empty.execute("CREATE TABLE things(a)")
