@@ -2,7 +2,6 @@
 whichever worker, or program that a test starts, meets it first; and quick compilation, which is most of their time.
 """
 
-import gc
 import os
 from pathlib import Path
 
@@ -36,9 +35,6 @@ def compiled_programs(tmp_path_factory):
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"  # one for all workers
     use_compilation_cache(folder)
-    # Traced programs and what was imported stay: looking through them again and again finds nothing.
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
     os.environ |= {
         "JAX_COMPILATION_CACHE_DIR": str(folder),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
