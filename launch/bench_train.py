@@ -63,7 +63,7 @@ _SEQ_LEN = flags.DEFINE_integer("seq_len", 512, "tokens of a packed row, and of 
 _RANK = flags.DEFINE_integer("rank", 16, "of the adapter", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 1, "counted steps of a side in a round", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer(
-    "rounds", 7, "rounds of ours against the peer: the more, the less a machine's moods weigh", lower_bound=1
+    "rounds", 5, "rounds of ours against the peer: the more, the less a machine's moods weigh", lower_bound=1
 )
 _UNROLL = flags.DEFINE_bool(
     "unroll_layers", True, "our side compiles every layer by itself: longer start, quicker steps"
