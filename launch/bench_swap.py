@@ -5,8 +5,8 @@ for keys and values that is capped.
     python -m launch.bench_swap --shape=tiny          small, on a CPU
     python -m launch.bench_swap --check               only that the tokens are right
 
-Prints the throughput over that without swapping, and the share of the transfers that hides behind computing: the steps
-are compared with those of as many sequences with everything on the device.
+Prints the throughput over that without swapping, what the host takes to launch a step, and the share of the transfers
+that hides behind computing: the steps are compared with those of as many sequences with everything on the device.
 """
 
 import dataclasses
@@ -30,6 +30,9 @@ _CONTEXT = flags.DEFINE_integer(
 )
 _STEPS = flags.DEFINE_integer("steps", _DEFAULT.steps, "that are timed", lower_bound=2)
 _HOST_GB = flags.DEFINE_float("host_gb", _DEFAULT.host_bytes / 1e9, "of the host, for keys and values")
+_LAYERS = flags.DEFINE_integer(
+    "layers_per_program", None, "layers that are launched together; by default as the engine chooses", lower_bound=1
+)
 _BUDGET = flags.DEFINE_float("budget_s", _DEFAULT.budget_s, "nothing more is begun after so long")
 _CHECK = flags.DEFINE_bool("check", False, "only compare tokens")
 
@@ -44,7 +47,14 @@ def run() -> dict[str, Any]:
     shape = _SHAPE.value or ("tiny" if small else _DEFAULT.shape)
     kv_bytes = int(1e9 * (_KV_GB.value or (0.004 if shape == "tiny" else _DEFAULT.kv_bytes / 1e9)))
     config = AcceleratorConfig(
-        shape, kv_bytes, _SHARE.value, _CONTEXT.value, _STEPS.value, int(1e9 * _HOST_GB.value), _BUDGET.value
+        shape,
+        kv_bytes,
+        _SHARE.value,
+        _CONTEXT.value,
+        _STEPS.value,
+        int(1e9 * _HOST_GB.value),
+        _BUDGET.value,
+        _LAYERS.value,
     )
     found: dict[str, Any] = {"device": jax.devices()[0].device_kind, "config": dataclasses.asdict(config)}
     found["check"] = check(say)

@@ -1,9 +1,9 @@
 """What moves chunks of pages between the host's memory and the device's, for `swapping_runner.py`: JAX's memory kinds,
 or an emulated link.
 
-A chunk is some pages of all layers; what moves is its slice of one layer, always as one whole array (XLA would make
-host computation of a slice of a host array, and has no scatter there). On the device it lies in one of d places, each
-for the segment of one layer.
+A chunk is some pages of all layers; what moves is its slice of one group of layers, always as one whole array (XLA
+would make host computation of a slice of a host array, and has no scatter there). On the device it lies in one of d
+places, each for the segment of one group.
 """
 
 import collections
@@ -21,7 +21,7 @@ from jaxstack.engine.errors import TransferFailed
 from jaxstack.runtime.emulation import ByteLedger, EmulatedDevice, EmulatedLink, aligned_empty
 from jaxstack.runtime.memory_spaces import Space, Spaces, alias
 
-ChunkSlice = Float[Array, "chunk_pages page_size kv_heads_2 head_dim"]
+ChunkSlice = Float[Array, "group chunk_pages page_size kv_heads_2 head_dim"]
 
 # Without progress for so long, a copy is stuck.
 _STUCK_S = 10.0
@@ -46,10 +46,10 @@ class Mover(Protocol):
 
     traffic: Traffic
 
-    def store(self, layer: int, chunk: int, pages: ChunkSlice) -> None:
+    def store(self, group: int, chunk: int, pages: ChunkSlice) -> None:
         """Starts to copy a slice to the host, where it is kept until `drop`."""
 
-    def fetch(self, layer: int, place: int, chunks: Sequence[int]) -> None:
+    def fetch(self, group: int, place: int, chunks: Sequence[int]) -> None:
         """Starts to copy slices to a place on the device, in addition to what is on its way there."""
 
     def at(self, place: int) -> Collection[int]:
@@ -94,24 +94,24 @@ class KindMover:
         self._most_leaving = leaving
         self._spaces, self._bytes, self._ledger = spaces, slice_bytes, ledger
         self._host: dict[tuple[int, int], Array] = {}
-        self._layers: dict[int, set[int]] = {}
+        self._groups: dict[int, set[int]] = {}
         self._places: list[dict[int, Array]] = [{} for _ in range(staging)]
 
-    def store(self, layer: int, chunk: int, pages: ChunkSlice) -> None:
+    def store(self, group: int, chunk: int, pages: ChunkSlice) -> None:
         while self._leaving and (len(self._leaving) >= self._most_leaving or self._leaving[0].is_ready()):
             _copied(jax.block_until_ready, self._leaving.popleft())
             self._ledger.give("device", self._bytes, "leaving")
         self._ledger.take("device", self._bytes, "leaving")
-        self._host[chunk, layer] = _copied(self._spaces.put, pages, Space.HOST)
-        self._leaving.append(self._host[chunk, layer])
-        self._layers.setdefault(chunk, set()).add(layer)
+        self._host[chunk, group] = _copied(self._spaces.put, pages, Space.HOST)
+        self._leaving.append(self._host[chunk, group])
+        self._groups.setdefault(chunk, set()).add(group)
         self.traffic.to_host_bytes += self._bytes
 
-    def fetch(self, layer: int, place: int, chunks: Sequence[int]) -> None:
+    def fetch(self, group: int, place: int, chunks: Sequence[int]) -> None:
         if not chunks:
             return
         self._ledger.take("device", self._bytes * len(chunks), "staging")
-        arrays = _copied(self._spaces.put, [self._host[chunk, layer] for chunk in chunks], Space.DEVICE)
+        arrays = _copied(self._spaces.put, [self._host[chunk, group] for chunk in chunks], Space.DEVICE)
         self._places[place].update(zip(chunks, arrays))
         self.traffic.to_device_bytes += self._bytes * len(chunks)
 
@@ -132,8 +132,8 @@ class KindMover:
         return list(held)
 
     def drop(self, chunk: int) -> None:
-        for layer in self._layers.pop(chunk, ()):
-            del self._host[chunk, layer]
+        for group in self._groups.pop(chunk, ()):
+            del self._host[chunk, group]
 
     def reset(self) -> None:
         for place in range(len(self._places)):
@@ -141,7 +141,7 @@ class KindMover:
         self._ledger.give("device", self._bytes * len(self._leaving), "leaving") if self._leaving else None
         self._leaving.clear()
         self._host.clear()
-        self._layers.clear()
+        self._groups.clear()
 
     def close(self) -> None:
         pass
@@ -173,7 +173,7 @@ class EmulatedMover:
 
     Args:
       shape, dtype: of a chunk's slice.
-      layers: of a chunk.
+      groups: of layers, which a chunk has a slice of each for.
       chunks: most of them at a place.
       leaving: slices that may be on their way to the host at once.
     """
@@ -184,7 +184,7 @@ class EmulatedMover:
         *,
         shape: tuple[int, ...],
         dtype: Any,
-        layers: int,
+        groups: int,
         staging: int,
         chunks: int,
         leaving: int,
@@ -196,33 +196,33 @@ class EmulatedMover:
         self.device = EmulatedDevice("device")
         self._to_device = EmulatedLink("to device", machine.to_device_bytes_per_s)
         self._to_host = EmulatedLink("to host", machine.to_host_bytes_per_s)
-        self._shape, self._dtype, self._layers, self._ledger = shape, dtype, layers, ledger
+        self._shape, self._dtype, self._groups, self._ledger = shape, dtype, groups, ledger
         self._places = [_Place([aligned_empty(shape, dtype) for _ in range(chunks)]) for _ in range(staging)]
         self._bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
         self._host: dict[int, np.ndarray] = {}
         self._unused: list[np.ndarray] = []
         self._storing: dict[tuple[int, int], concurrent.futures.Future] = {}
 
-    def store(self, layer: int, chunk: int, pages: ChunkSlice) -> None:
+    def store(self, group: int, chunk: int, pages: ChunkSlice) -> None:
         if chunk not in self._host:
-            fresh = self._unused.pop() if self._unused else aligned_empty((self._layers, *self._shape), self._dtype)
+            fresh = self._unused.pop() if self._unused else aligned_empty((self._groups, *self._shape), self._dtype)
             self._host[chunk] = fresh
         while self._leaving and (len(self._leaving) >= self._most_leaving or self._leaving[0].done()):
             self._wait(self._leaving.popleft(), "chunks to the host")
             self._ledger.give("device", self._bytes, "leaving")
         self._ledger.take("device", self._bytes, "leaving")
-        self._storing[chunk, layer] = self._to_host.copy(self._host[chunk][layer], np.asarray(pages))
-        self._leaving.append(self._storing[chunk, layer])
+        self._storing[chunk, group] = self._to_host.copy(self._host[chunk][group], np.asarray(pages))
+        self._leaving.append(self._storing[chunk, group])
         self.traffic.to_host_bytes += self._bytes
 
-    def fetch(self, layer: int, place: int, chunks: Sequence[int]) -> None:
+    def fetch(self, group: int, place: int, chunks: Sequence[int]) -> None:
         where = self._places[place]
         for chunk in chunks:
-            if (storing := self._storing.pop((chunk, layer), None)) is not None:
-                self._wait(storing, f"chunk {chunk} of layer {layer} to the host")
+            if (storing := self._storing.pop((chunk, group), None)) is not None:
+                self._wait(storing, f"chunk {chunk} of group {group} to the host")
             self._ledger.take("device", self._bytes, "staging")
             buffer = where.buffers[len(where.held)]
-            where.held[chunk] = (self._to_device.copy(buffer, self._host[chunk][layer]), where.arrays[len(where.held)])
+            where.held[chunk] = (self._to_device.copy(buffer, self._host[chunk][group]), where.arrays[len(where.held)])
             self.traffic.to_device_bytes += self._bytes
 
     def at(self, place: int) -> Collection[int]:
@@ -250,9 +250,9 @@ class EmulatedMover:
         buffer = self._host.pop(chunk, None)
         if buffer is None:
             return
-        for layer in range(self._layers):
-            if (storing := self._storing.pop((chunk, layer), None)) is not None:
-                self._wait(storing, f"chunk {chunk} of layer {layer} to the host")
+        for group in range(self._groups):
+            if (storing := self._storing.pop((chunk, group), None)) is not None:
+                self._wait(storing, f"chunk {chunk} of group {group} to the host")
         self._unused.append(buffer)
 
     def reset(self) -> None:

@@ -4,20 +4,23 @@ past the layers that read them (`jaxstack.engine.memory.swap`).
 A step, beside the tokens:
 
     plan     which pages it writes (they get device slots), which full pages leave for that as new chunks, and which
-             chunks its sequences read: the segment that every layer streams its own slice of
-    layer l  pages that leave are gathered from the device, and their copy to the host begins | the layer runs, with
-             device pages and staged pages in one block table | its place in the ring is free: the segment of the
-             layer after next begins to arrive, of the next step's first layers at the end of this one
+             chunks its sequences read: the segment that every group of layers streams its own slice of
+    group g  pages that leave are gathered from the device, and their copy to the host begins | the group's layers run,
+             with device pages and staged pages in one block table | its place in the ring is free: the segment of the
+             group after next begins to arrive, of the next step's first groups at the end of this one
 
 The block table keeps the order of a sequence's pages wherever they are, so attention adds up in the order in which it
 would without swapping, and answers are the same bit for bit. Host pages are full, hence never written again.
 
-One program for a layer, compiled once for each batch shape and number of chunks, not for each layer.
+A group is one layer, or several where launching a program for each would take longer than computing it. There is one
+program for a group, compiled once for each batch shape and number of chunks, not for each group; and one for all
+layers, for steps that have nothing on the host and nothing to move.
 """
 
 import dataclasses
+import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from functools import partial
 from typing import Any
@@ -41,13 +44,17 @@ from jaxstack.models.decoder import Decoder
 from jaxstack.runtime.emulation import ByteLedger
 from jaxstack.runtime.memory_spaces import probe_spaces
 
+Kinds = tuple[bool, ...]
+"""Of some layers in a row: whether each has experts."""
+
 
 @dataclasses.dataclass(frozen=True)
 class _Programs:
-    """Of one shape: `layer[sparse][chunks]`."""
+    """Of one shape: `group[kinds of its layers][chunks]`, and all layers without any chunks."""
 
     embed: Callable
-    layer: Mapping[bool, Mapping[int, Callable]]
+    group: Mapping[Kinds, Mapping[int, Callable]]
+    whole: Callable
     head: Callable
 
 
@@ -60,6 +67,15 @@ class _Merging:
     fresh: Mapping[int, Int32[np.ndarray, " chunk_pages"]]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Returning:
+    """Pages of a chunk, where they are in it, and their new slots."""
+
+    chunk: int
+    index: Int32[np.ndarray, " chunk_pages"]
+    slots: Int32[np.ndarray, " chunk_pages"]
+
+
 @dataclasses.dataclass
 class _Move:
     """What a step does with pages beside reading them, the same in every layer.
@@ -69,7 +85,7 @@ class _Move:
       following: those that the next step is expected to read.
       leaving: new chunks -> the device slots that they are gathered from.
       merging: chunks that are half empty become one.
-      returning: a chunk, where in it living pages are, and their new slots; None for none.
+      returning: pages get slots again.
     """
 
     ints: Int32[np.ndarray, " n"]
@@ -77,7 +93,12 @@ class _Move:
     following: list[int]
     leaving: dict[int, Int32[np.ndarray, " chunk_pages"]]
     merging: _Merging | None = None
-    returning: tuple[int, Int32[np.ndarray, " chunk_pages"], Int32[np.ndarray, " chunk_pages"]] | None = None
+    returning: _Returning | None = None
+
+    @property
+    def nothing(self) -> bool:
+        """Whether all that the step reads is on the device, and stays there."""
+        return not (self.segment or self.leaving or self.merging or self.returning)
 
 
 class SwappingRunner(Runner):
@@ -110,8 +131,9 @@ class SwappingRunner(Runner):
         self.swap, self.plan, self.controller = swap, plan, controller
         config = decoder.config
         self.ledger = ByteLedger({"device": kv_device_bytes})
-        self._ring = SegmentRing(config.num_layers, swap.staging_segments)
-        slice_shape = (plan.chunk_pages, page_size, 2 * config.num_kv_heads, config.head_dim)
+        assert config.num_layers % plan.group == 0, f"groups of {plan.group} of {config.num_layers} layers"
+        self._ring = SegmentRing(config.num_layers // plan.group, swap.staging_segments)
+        slice_shape = (plan.group, plan.chunk_pages, page_size, 2 * config.num_kv_heads, config.head_dim)
         self._slice_shape = slice_shape
         self._slice_bytes = int(np.prod(slice_shape)) * jnp.dtype(dtype).itemsize
         self._emulate = emulate
@@ -130,7 +152,7 @@ class SwappingRunner(Runner):
                 emulate,
                 shape=slice_shape,
                 dtype=jnp.dtype(dtype),
-                layers=config.num_layers,
+                groups=self._ring.layers,
                 staging=swap.staging_segments,
                 chunks=max(2, plan.chunks),
                 leaving=leaving,
@@ -145,9 +167,14 @@ class SwappingRunner(Runner):
         self._pieces = Layerwise(decoder, dtype=self.dtype, vocab_size=vocab_size)
         # Programs take a flat list: taking the decoder's tree apart for every layer costs more than a launch does.
         self._flat, self._tree = jax.tree.flatten(self._pieces.weights)
-        self._numbers = [LayerNumbers(*(self._placement.put(n) for n in numbers)) for numbers in self._pieces.layers]
+        kinds, size = self._pieces.sparse, plan.group
+        self._groups = [
+            (self._numbers(slice(i, i + size)), kinds[i : i + size]) for i in range(0, config.num_layers, size)
+        ]
+        self._all_layers = self._numbers(slice(None))
         self._scrap = plan.device_slots
-        self._buckets = _buckets(plan.chunks)
+        # Others are padded, which costs a copy on the device. What leaves is in the segment, too, and need not arrive.
+        self._buckets = tuple(sorted({0, -(-plan.chunks // 2), plan.chunks, plan.chunks + plan.new_chunks}))
         self._nothing = self._placement.put(np.zeros(slice_shape, self.dtype))
         self._gather: Callable
         self._scatter: Callable
@@ -155,10 +182,17 @@ class SwappingRunner(Runner):
         # Waiting for a layer before its place is filled anew keeps within the budget where a program's memory is taken
         # when it is launched. A GPU takes and gives it in the order of its stream, and is not waited for.
         self._strict = emulate is not None or jax.default_backend() == "cpu"
-        # Pages go back to the device only where so many slots stay free that others need not leave for it soon.
-        self._reserve = 2 * plan.new_chunks * plan.chunk_pages
+        self._most_chunks = plan.chunks + plan.new_chunks  # that the host's bytes hold
+        self._allowed = plan.host_pages  # that steps may read there
+        # An emulated device is given its times group by group, like its pages.
+        self._whole_steps = emulate is None
         self._steps_run = 0
         self._compute_s = 0.0
+        # The host's time for a step in groups where it waits for nothing: of each since the last timed step, and as
+        # known then; beside how many steps that were one program.
+        self._launches: list[float] = []
+        self._launch_s = 0.0
+        self._wholes = 0
         self._seen = (0, 0, 0.0)  # shortages, bytes and link seconds at the last window's end
         self._window: list[tuple[float, float, int]] = []
         self._decisions = dict.fromkeys(("grow", "hold", "shrink", "refuse"), 0)
@@ -176,6 +210,10 @@ class SwappingRunner(Runner):
         if self.controller is not None:
             self._aim(self.controller.share)
         return self.spaces
+
+    def _numbers(self, part: slice) -> LayerNumbers:
+        """Of some layers, int32 `[layers]` each."""
+        return LayerNumbers(*(self._placement.put(np.stack(n)) for n in zip(*self._pieces.layers[part])))
 
     def _new_spaces(self) -> PageSpaces:
         return PageSpaces(self.plan.device_slots, self.plan.host_pages, self.plan.chunk_pages)
@@ -224,12 +262,13 @@ class SwappingRunner(Runner):
             reason="" if self._target is None else self._target.reason,
             device_peak_bytes=self.ledger.peak("device"),
             device_budget_bytes=self.ledger.budget("device") or 0,
+            launch_s=self._launch_s,
         )
 
     # Compiling.
 
     def compile(self, shape: BatchShape) -> _Programs:
-        """The pieces of one shape: embed, a layer for every number of chunks, head."""
+        """The pieces of one shape: embed, a group of layers for every number of chunks, all layers, head."""
         place, pieces = self._placement, self._pieces
         flat, whole = self._flat, partial(jax.tree.unflatten, self._tree)
         ints = place.struct((size(shape.int_fields),), jnp.int32)
@@ -242,50 +281,61 @@ class SwappingRunner(Runner):
         x, cos, sin = (place.struct(out.shape, out.dtype) for out in embed.out_info)
         cache = place.struct(self._cache_shape, self.dtype)
         chunk = place.struct(self._slice_shape, self.dtype)
-        scalar: Any = place.struct((), jnp.int32)
-        number = LayerNumbers(*[scalar] * 4)
 
-        def layer(sparse, flat, number, cache, ints, x, cos, sin, *chunks):
-            weights = whole(flat)
-            q, k, v = pieces.before(shape, weights, number, ints, x, cos, sin)
-            staged = jnp.concatenate(chunks) if chunks else None
-            out, cache = pieces.attention(shape, cache, number, ints, q, k, v, staged_pages=staged)
-            return cache, pieces.after(shape, weights, number, ints, x, out, sparse=sparse)
+        def run(kinds: Kinds, flat, numbers, cache, ints, x, cos, sin, *chunks):
+            def layer(i, carried, sparse):
+                cache, x = carried
+                number = LayerNumbers(*(n[i] for n in numbers))
+                weights = whole(flat)  # taken apart in here: a loop's body cannot use variables from outside it
+                q, k, v = pieces.before(shape, weights, number, ints, x, cos, sin)
+                staged = jnp.concatenate([chunk[i] for chunk in chunks]) if chunks else None
+                out, cache = pieces.attention(shape, cache, number, ints, q, k, v, staged_pages=staged)
+                return cache, pieces.after(shape, weights, number, ints, x, out, sparse=sparse)
 
-        layers = {
-            sparse: {
-                chunks: jax.jit(partial(layer, sparse), donate_argnums=(2,))
-                .lower(flat, number, cache, ints, x, cos, sin, *[chunk] * chunks)
-                .compile()
-                for chunks in self._buckets
-            }
-            for sparse in set(pieces.sparse)
+            carried, start = (cache, x), 0
+            for sparse, alike in itertools.groupby(kinds):
+                stop = start + len(list(alike))
+                if stop == start + 1:
+                    carried = layer(start, carried, sparse)
+                else:
+                    carried = jax.lax.fori_loop(start, stop, partial(layer, sparse=sparse), carried)
+                start = stop
+            return carried
+
+        def compiled(kinds: Kinds, chunks: int) -> Callable:
+            numbers = LayerNumbers(*[place.struct((len(kinds),), jnp.int32)] * 4)
+            jitted = jax.jit(partial(run, kinds), donate_argnums=(2,))
+            return jitted.lower(flat, numbers, cache, ints, x, cos, sin, *[chunk] * chunks).compile()
+
+        groups = {
+            kinds: {n: compiled(kinds, n) for n in self._buckets} for kinds in {kinds for _, kinds in self._groups}
         }
+        every = groups.get(pieces.sparse, {}).get(0) or compiled(pieces.sparse, 0)
 
         def head(flat, ints, x):
             logits, hidden = pieces.head(shape, whole(flat), ints, x)
             return logits, None if shape.decode else hidden
 
-        return _Programs(embed.compile(), layers, jax.jit(head).lower(flat, ints, x).compile())
+        return _Programs(embed.compile(), groups, every, jax.jit(head).lower(flat, ints, x).compile())
 
     def _compile_moves(self) -> None:
         """Gathers, scatters and merges of a chunk's slice."""
         place, pages = self._placement, self.plan.chunk_pages
         cache = place.struct(self._cache_shape, self.dtype)
         chunk, index = place.struct(self._slice_shape, self.dtype), place.struct((pages,), jnp.int32)
-        layer = place.struct((), jnp.int32)
+        layers = place.struct((self.plan.group,), jnp.int32)
 
-        def gather(cache, layer, slots):
-            return cache[layer, slots]
+        def gather(cache, layers, slots):
+            return cache[layers[:, None], slots]
 
-        def scatter(cache, layer, chunk, index, slots):
-            return cache.at[layer, slots].set(chunk[index])
+        def scatter(cache, layers, chunk, index, slots):
+            return cache.at[layers[:, None], slots].set(chunk[:, index])
 
         def merge(first, second, index):
-            return jnp.concatenate([first, second])[index]
+            return jnp.concatenate([first, second], axis=1)[:, index]
 
-        self._gather = jax.jit(gather).lower(cache, layer, index).compile()
-        self._scatter = jax.jit(scatter, donate_argnums=(0,)).lower(cache, layer, chunk, index, index).compile()
+        self._gather = jax.jit(gather).lower(cache, layers, index).compile()
+        self._scatter = jax.jit(scatter, donate_argnums=(0,)).lower(cache, layers, chunk, index, index).compile()
         self._merge = jax.jit(merge).lower(chunk, chunk, index).compile()
 
     def _run_once(self, shape: BatchShape, step: Any, scorer: Callable | None) -> None:
@@ -293,18 +343,21 @@ class SwappingRunner(Runner):
             self._compile_moves()
             slots = np.full(self.plan.chunk_pages, self._scrap, np.int32)
             index = np.zeros(self.plan.chunk_pages, np.int32)
-            gathered = self._gather(self._cache, self._numbers[0].index, slots)
+            layers = self._groups[0][0].index
+            gathered = self._gather(self._cache, layers, slots)
             merged = self._merge(gathered, gathered, index)
-            self._cache = self._scatter(self._cache, self._numbers[0].index, merged, index, slots)
+            self._cache = self._scatter(self._cache, layers, merged, index, slots)
         super()._run_once(shape, step, scorer)
 
     def _forward_once(self, shape: BatchShape, step: Any, ints: np.ndarray, given: Array | None):
         flat = self._flat
         x, cos, sin = step.embed(flat, ints, self.sampler.last_token, given)
-        for programs in step.layer.values():
+        of_kinds = {kinds: numbers for numbers, kinds in self._groups}
+        for kinds, programs in step.group.items():
             for chunks, program in programs.items():
                 arrays = [self._nothing] * chunks
-                self._cache, x = program(flat, self._numbers[0], self._cache, ints, x, cos, sin, *arrays)
+                self._cache, x = program(flat, of_kinds[kinds], self._cache, ints, x, cos, sin, *arrays)
+        self._cache, x = step.whole(flat, self._all_layers, self._cache, ints, x, cos, sin)
         return step.head(flat, ints, x)
 
     # A step.
@@ -323,31 +376,22 @@ class SwappingRunner(Runner):
             raise
 
     def _launch(self, batch: HostBatch) -> Launched:
+        began = time.perf_counter()
         move = self._plan(batch)
-        given = self._nothing_given.get(batch.shape) if batch.embeddings is None else batch.embeddings
+        given: Any = self._nothing_given.get(batch.shape) if batch.embeddings is None else batch.embeddings
         programs: Any = self._steps[batch.shape]
         timed = self._strict or self._steps_run % self.swap.window_steps == 0
         tokens = sum(row.start + row.count for row in batch.plan.rows)
         ints = self._placement.put(move.ints)
-        stalled, computed = self._mover.traffic.stall_s, 0.0
-        x, cos, sin = programs.embed(self._flat, ints, self.sampler.last_token, given)
-        step = self._ring.ran // self._ring.layers
-        while self._ring.may_issue:
-            self._fetch(move, step)
-        for number, sparse in zip(self._numbers, self._pieces.sparse):
-            place = self._ring.place(self._ring.ran)
-            arrays = self._arrived(move, place, timed)
-            begin = time.perf_counter()
-            work = partial(self._layer, programs.layer[sparse], number, move, (ints, x, cos, sin), arrays, timed)
-            if self._emulate is None:
-                x = work()
-            else:
-                assert isinstance(self._mover, EmulatedMover)
-                x = self._mover.device.run(work, self._emulate.layer_s(tokens, batch.plan.tokens))
-            computed += time.perf_counter() - begin
-            self._ring.run()
-            self._free(place)
-            self._fetch(move, step)
+        stalled = self._mover.traffic.stall_s
+        x, *inputs = programs.embed(self._flat, ints, self.sampler.last_token, given)
+        if timed and not self._strict:
+            jax.block_until_ready(x)  # and with it all steps before this one
+        whole = self._whole_steps and move.nothing
+        if whole:
+            x, computed = self._run_whole(programs.whole, (ints, x, *inputs), timed)
+        else:
+            x, computed = self._run_groups(programs.group, move, (ints, x, *inputs), timed, (tokens, batch.plan.tokens))
         for chunk in move.segment:
             self.spaces.unhold(chunk)
         for chunk in self.spaces.dropped():
@@ -356,31 +400,82 @@ class SwappingRunner(Runner):
         self._steps_run += 1
         if timed:
             self._observe(computed, self._mover.traffic.stall_s - stalled, tokens)
+        elif whole:
+            self._wholes += 1
+        else:
+            self._launches.append(time.perf_counter() - began)
         return Launched(batch, logits, hidden)
 
-    def _layer(
-        self, programs, number: LayerNumbers, move: _Move, inputs, arrays: dict[int, Array], wait: bool
+    def _run_whole(self, program: Callable, inputs: tuple[Array, ...], wait: bool) -> tuple[Array, float]:
+        """All layers, with everything on the device; the last one's result, and seconds of computing if waited for."""
+        for place in range(self.swap.staging_segments):
+            self._free(place)  # what was expected to be read
+        self._ring.rewind()
+        begin = time.perf_counter()
+        self._cache, x = program(self._flat, self._all_layers, self._cache, *inputs)
+        return (jax.block_until_ready(x) if wait else x), time.perf_counter() - begin
+
+    def _run_groups(
+        self,
+        programs: Mapping[Kinds, Mapping[int, Callable]],
+        move: _Move,
+        inputs: tuple[Array, ...],
+        wait: bool,
+        tokens: tuple[int, int],
+    ) -> tuple[Array, float]:
+        """One group of layers after another, while segments come and go; as `_run_whole`. `tokens`: cached and new."""
+        ints, x, cos, sin = inputs
+        computed, step = 0.0, self._ring.ran // self._ring.layers
+        while self._ring.may_issue:
+            self._fetch(move, step)
+        for numbers, kinds in self._groups:
+            place = self._ring.place(self._ring.ran)
+            arrays = self._arrived(move, place, wait)
+            begin = time.perf_counter()
+            work = partial(self._group, programs[kinds], numbers, move, (ints, x, cos, sin), arrays, wait)
+            if self._emulate is None:
+                x = work()
+            else:
+                assert isinstance(self._mover, EmulatedMover)
+                x = self._mover.device.run(work, len(kinds) * self._emulate.layer_s(*tokens))
+            computed += time.perf_counter() - begin
+            self._ring.run()
+            self._free(place)
+            self._fetch(move, step)
+        return x, computed
+
+    def _group(
+        self,
+        programs: Mapping[int, Callable],
+        numbers: LayerNumbers,
+        move: _Move,
+        inputs: tuple[Array, ...],
+        arrays: dict[int, Array],
+        wait: bool,
     ) -> Array:
-        """One layer, and what its pages do besides."""
-        layer = self._ring.layer(self._ring.ran)
+        """One group of layers, and what its pages do besides."""
+        group = self._ring.layer(self._ring.ran)
         for chunk, slots in move.leaving.items():
-            arrays[chunk] = self._gather(self._cache, number.index, slots)
-            self._mover.store(layer, chunk, arrays[chunk])
+            arrays[chunk] = self._gather(self._cache, numbers.index, slots)
+            self._mover.store(group, chunk, arrays[chunk])
         chosen = [arrays[chunk] for chunk in move.segment]
         bucket = next(b for b in self._buckets if b >= len(chosen))
         chosen += [self._nothing] * (bucket - len(chosen))
-        self._cache, x = programs[bucket](self._flat, number, self._cache, *inputs, *chosen)
+        self._cache, x = programs[bucket](self._flat, numbers, self._cache, *inputs, *chosen)
         if move.merging is not None:
-            self._store_merged(layer, move.merging, arrays)
+            self._store_merged(group, move.merging, arrays)
         if move.returning is not None:
-            chunk, index, slots = move.returning
-            self._cache = self._scatter(self._cache, number.index, arrays[chunk], index, slots)
+            self._put_back(numbers, move.returning, arrays)
         return jax.block_until_ready(x) if wait else x
 
-    def _store_merged(self, layer: int, merging: _Merging, arrays: Mapping[int, Array]) -> None:
+    def _store_merged(self, group: int, merging: _Merging, arrays: Mapping[int, Array]) -> None:
         for chunk, index in merging.fresh.items():
             merged = self._merge(arrays[merging.first], arrays[merging.second], index)
-            self._mover.store(layer, chunk, jax.block_until_ready(merged) if self._strict else merged)
+            self._mover.store(group, chunk, jax.block_until_ready(merged) if self._strict else merged)
+
+    def _put_back(self, numbers: LayerNumbers, returning: _Returning, arrays: Mapping[int, Array]) -> None:
+        chunk = arrays[returning.chunk]
+        self._cache = self._scatter(self._cache, numbers.index, chunk, returning.index, returning.slots)
 
     def _fetch(self, move: _Move, step: int) -> None:
         """The next segment begins to arrive: of this step, or of the step after it."""
@@ -389,11 +484,11 @@ class SwappingRunner(Runner):
         chunks = move.following if later else [chunk for chunk in move.segment if chunk not in move.leaving]
         self._bring(self._ring.layer(position), self._ring.place(position), chunks)
 
-    def _bring(self, layer: int, place: int, chunks: list[int]) -> None:
+    def _bring(self, group: int, place: int, chunks: list[int]) -> None:
         if chunks:
             for chunk in chunks:
                 self.spaces.hold(chunk)
-            self._mover.fetch(layer, place, chunks)
+            self._mover.fetch(group, place, chunks)
 
     def _free(self, place: int) -> None:
         for chunk in self._mover.free(place):
@@ -413,6 +508,12 @@ class SwappingRunner(Runner):
     def _observe(self, computed: float, stalled: float, tokens: int) -> None:
         """Takes in a timed step; at a window's end the controller decides."""
         self._compute_s += computed
+        if self._launches:
+            # The device has waited for the host, if that takes longer to launch a step than the step to compute.
+            self._launch_s = min(self._launches)
+            in_groups = len(self._launches) / (len(self._launches) + self._wholes)
+            stalled += in_groups * max(0.0, self._launch_s - computed)
+        self._launches, self._wholes = [], 0
         if self.controller is None:
             return
         self._window.append((computed, stalled, tokens))
@@ -425,7 +526,7 @@ class SwappingRunner(Runner):
         window = Window(
             compute_s=compute_s,
             stall_s=sum(stalled for _, stalled, _ in self._window),
-            layer_s=min(computed for computed, _, _ in self._window) / self._ring.layers,
+            layer_s=min(computed for computed, _, _ in self._window) / self.config.num_layers,
             kv_tokens=sum(tokens for _, _, tokens in self._window) / count,
             waited=min(1.0, (self.spaces.shortages - shortages) / self.swap.window_steps),
             link_bytes=traffic.to_device_bytes - moved,
@@ -438,7 +539,7 @@ class SwappingRunner(Runner):
 
     def _aim(self, share: float, urgent: bool = False) -> None:
         allowed = min(self.plan.host_pages, int(share / (1 - share) * self.plan.device_slots))
-        self.spaces.withheld, self.spaces.urgent = self.plan.host_pages - allowed, urgent
+        self.spaces.withheld, self.spaces.urgent, self._allowed = self.plan.host_pages - allowed, urgent, allowed
 
     # What a step is to do.
 
@@ -451,9 +552,14 @@ class SwappingRunner(Runner):
         writes = [page for page in written if page < spaces.size]
         for row in batch.plan.rows:
             spaces.note_full(row.sequence.pages[: row.start // self.page_size])
-        read = self._pages_read(batch)
+        read = self._pages_read(f)
         leaving = self._make_room(batch, writes, read)
+        while len(spaces.living_chunks()) > self._most_chunks:
+            self._squeeze(chunk for chunk in spaces.living_chunks() if chunk not in leaving)
         segment = self._shortened(spaces.chunks_of(read), leaving, read)
+        spare = self._spare(read, len(batch.plan.rows)) if segment and not leaving else 0
+        if spare > spaces.free_slots:
+            leaving = self._exchange(segment, spare, read)
         table = self._table(segment)
         f["block_tables"][...] = table[f["block_tables"]]
         slots, offsets = np.divmod(f["write_slots"], self.page_size)
@@ -463,21 +569,21 @@ class SwappingRunner(Runner):
         if leaving:
             return _Move(ints, segment, segment, leaving)
         merging = self._merging(spaces.mergeable(segment))
-        returning = None if merging is not None else self._returning(segment)
+        returning = None if merging is not None else self._returning(segment, spare, read)
         return _Move(ints, segment, spaces.chunks_of(read), leaving, merging, returning)
 
-    def _pages_read(self, batch: HostBatch) -> set[int]:
+    def _pages_read(self, f: Mapping[str, np.ndarray]) -> Int32[np.ndarray, " read"]:
         """The pages that queries see. Those left of the window of every layer are not among them, nor ever will be."""
-        windows = self.config.layer_windows
-        widest = max((window for window in windows if window is not None), default=0)
-        seen: set[int] = set()
-        for row in batch.plan.rows:
-            first = 0 if None in windows else max(0, row.start - widest + 1) // self.page_size
-            seen.update(row.sequence.pages[first : -(-(row.start + row.count) // self.page_size)])
-        return seen
+        windows, ends = self.config.layer_windows, f["kv_lens"]
+        first = np.zeros_like(ends)
+        if None not in windows:
+            widest = max(window for window in windows if window is not None)
+            first = np.maximum(0, ends - np.diff(f["query_starts"]) - widest + 1) // self.page_size
+        column = np.arange(f["block_tables"].shape[1])
+        return np.unique(f["block_tables"][(column >= first[:, None]) & (column < -(-ends // self.page_size)[:, None])])
 
     def _make_room(
-        self, batch: HostBatch, writes: list[int], read: set[int]
+        self, batch: HostBatch, writes: list[int], read: Int32[np.ndarray, " read"]
     ) -> dict[int, Int32[np.ndarray, " chunk_pages"]]:
         """Gives the pages to be written slots; what leaves the device for it, and from which slots."""
         spaces = self.spaces
@@ -485,39 +591,86 @@ class SwappingRunner(Runner):
         leaving: dict[int, Int32[np.ndarray, " chunk_pages"]] = {}
         if len(fresh) > spaces.free_slots:
             full = [row.sequence.pages[: row.start // self.page_size] for row in batch.plan.rows]
-            cold = [page for page in spaces.full_on_device() if page not in read]
-            for group in to_demote(spaces, len(fresh) - spaces.free_slots, cold, full, frozenset(writes)):
-                slots = np.full(self.plan.chunk_pages, self._scrap, np.int32)
-                slots[: len(group)] = spaces.slots_of(group)
-                leaving[spaces.demote(group)] = slots
+            leaving = self._leave(
+                to_demote(spaces, len(fresh) - spaces.free_slots, self._cold(read), full, frozenset(writes))
+            )
         spaces.bind(fresh)
         return leaving
 
-    def _shortened(self, segment: list[int], leaving: Mapping[int, Any], read: set[int]) -> list[int]:
-        """The segment, once so many half-empty chunks have been merged that it fits. Takes the time of many copies."""
-        while len(segment) > self.plan.chunks:
-            pair = self.spaces.emptiest(chunk for chunk in segment if chunk not in leaving)
-            self._merge_now(*pair)
+    def _leave(self, chunks: list[list[int]]) -> dict[int, Int32[np.ndarray, " chunk_pages"]]:
+        """Has pages leave the device as new chunks: which these are, and from which slots they are gathered."""
+        leaving = {}
+        for pages in chunks:
+            slots = np.full(self.plan.chunk_pages, self._scrap, np.int32)
+            slots[: len(pages)] = self.spaces.slots_of(pages)
+            leaving[self.spaces.demote(pages)] = slots
+        return leaving
+
+    def _cold(self, read: Int32[np.ndarray, " read"]) -> list[int]:
+        """Full pages on the device that no running request reads."""
+        return np.setdiff1d(self.spaces.full_on_device(), read, assume_unique=True).tolist()
+
+    def _spare(self, read: Int32[np.ndarray, " read"], rows: int) -> int:
+        """Slots that pages of the host may have: free and cold ones, less what steps are about to write."""
+        return self.spaces.free_slots + len(self._cold(read)) - (self.plan.step_pages if self._allowed else rows)
+
+    def _exchange(
+        self, segment: list[int], spare: int, read: Int32[np.ndarray, " read"]
+    ) -> dict[int, Int32[np.ndarray, " chunk_pages"]]:
+        """Has cold pages leave for those that are read of a chunk, which return in the next step."""
+        spaces = self.spaces
+        pages = len(self._fewest(segment, read)[1])
+        short = pages - spaces.free_slots
+        if pages > spare or not 0 < short <= spaces.chunk_pages:
+            return {}
+        if spaces.chunks >= self._most_chunks:
+            others = [chunk for chunk in spaces.living_chunks() if chunk not in segment]
+            if spaces.mergeable(others) is None:
+                return {}
+            self._squeeze(others)
+        return self._leave([self._cold(read)[:short]])
+
+    def _fewest(self, segment: list[int], read: Int32[np.ndarray, " read"]) -> tuple[int, list[int]]:
+        """The chunk of which the fewest pages are read, and where in it these are."""
+        places = {chunk: np.flatnonzero(np.isin(self.spaces.chunk(chunk), read)).tolist() for chunk in segment}
+        fewest = min(segment, key=lambda chunk: len(places[chunk]))
+        return fewest, places[fewest]
+
+    def _shortened(self, segment: list[int], leaving: Mapping[int, Any], read: Int32[np.ndarray, " read"]) -> list[int]:
+        """The segment, once what arrives of it fits."""
+        while len(arriving := [chunk for chunk in segment if chunk not in leaving]) > self.plan.chunks:
+            self._squeeze(arriving)
             segment = self.spaces.chunks_of(read)
         return segment
 
-    def _merge_now(self, first: int, second: int) -> None:
-        """Merges two chunks before the step, all else waiting."""
-        begin = time.perf_counter()
+    def _squeeze(self, chunks: Iterable[int]) -> None:
+        """Merges the two emptiest chunks, or, if all but one are full, has that one's pages return: if so many chunks
+        are too many, more is on the host than its part of a full cache, and as many slots are free. Before the step,
+        all else waiting, for many copies' time.
+        """
+        begin, spaces = time.perf_counter(), self.spaces
+        pair = spaces.emptiest(chunks)
+        living = [[i for i, page in enumerate(spaces.chunk(chunk)) if page >= 0] for chunk in pair]
         for place in range(self.swap.staging_segments):
             self._free(place)
         self._ring.rewind()
-        for chunk in (first, second):
-            self.spaces.hold(chunk)
-        merging = self._merging((first, second))
-        assert merging is not None
-        for layer in range(self._ring.layers):
-            self._mover.fetch(layer, 0, [first, second])
-            arrays = dict(zip((first, second), self._mover.take(0, [first, second], wait=True)))
-            self._store_merged(layer, merging, arrays)
+        for chunk in pair:
+            spaces.hold(chunk)
+        merging = returning = None
+        if sum(map(len, living)) <= spaces.chunk_pages or len(living[1]) < spaces.chunk_pages:
+            merging = self._merging(pair)
+        else:
+            returning = self._promoted(pair[0], living[0][: spaces.free_slots])
+        for group, (numbers, _) in enumerate(self._groups):
+            self._mover.fetch(group, 0, list(pair))
+            arrays = dict(zip(pair, self._mover.take(0, pair, wait=True)))
+            if merging is not None:
+                self._store_merged(group, merging, arrays)
+            if returning is not None:
+                self._put_back(numbers, returning, arrays)
             self._mover.free(0)
-        for chunk in (first, second):
-            self.spaces.unhold(chunk)
+        for chunk in pair:
+            spaces.unhold(chunk)
         self._mover.traffic.stall_s += time.perf_counter() - begin
 
     def _table(self, segment: list[int]) -> Int32[np.ndarray, " pages"]:
@@ -549,22 +702,20 @@ class SwappingRunner(Runner):
             fresh[chunk] = index
         return _Merging(*pair, fresh)
 
-    def _returning(self, segment: list[int]):
-        """A chunk whose pages go back to the device, where there is room to spare."""
-        spaces, spare = self.spaces, self.spaces.free_slots - self._reserve
+    def _returning(self, segment: list[int], spare: int, read: Int32[np.ndarray, " read"]) -> _Returning | None:
+        """A chunk of which pages go back to the device, where there is room to spare."""
+        spaces = self.spaces
         if not segment or spare <= 0:
             return None
-        fewest = min(segment, key=lambda chunk: sum(page >= 0 for page in spaces.chunk(chunk)))
-        pages = [page for page in spaces.chunk(fewest) if page >= 0]
-        if len(pages) > spare:
+        fewest, places = self._fewest(segment, read)
+        if len(places) > min(spare, spaces.free_slots):
             return None
+        return self._promoted(fewest, places)
+
+    def _promoted(self, chunk: int, places: list[int]) -> _Returning:
+        """Gives the pages at some places of a chunk slots."""
         index = np.zeros(self.plan.chunk_pages, np.int32)
         slots = np.full(self.plan.chunk_pages, self._scrap, np.int32)
-        index[: len(pages)] = [i for i, page in enumerate(spaces.chunk(fewest)) if page >= 0]
-        slots[: len(pages)] = spaces.promote(pages)
-        return fewest, index, slots
-
-
-def _buckets(chunks: int) -> tuple[int, ...]:
-    """Numbers of chunks that there are programs for; others are padded, which costs a copy on the device."""
-    return tuple(sorted({0, *(-(-chunks * part // 4) for part in (1, 2, 4))}))
+        index[: len(places)] = places
+        slots[: len(places)] = self.spaces.promote([self.spaces.chunk(chunk)[i] for i in places])
+        return _Returning(chunk, index, slots)

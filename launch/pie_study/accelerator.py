@@ -20,7 +20,7 @@ from flax import nnx
 
 from jaxstack.engine import Engine, EngineConfig, SamplingParams
 from jaxstack.engine.memory.swap import SwapConfig
-from jaxstack.engine.swap_start import cache_shape, probe_rates, start_swapping
+from jaxstack.engine.swap_start import cache_shape, layers_together, probe_rates, start_swapping
 from jaxstack.models.decoder import Decoder, DecoderConfig
 from jaxstack.runtime.metrics import write_summary
 
@@ -68,6 +68,7 @@ class AcceleratorConfig:
       steps: timed.
       host_bytes: for keys and values.
       budget_s: nothing more is begun after so long.
+      layers_per_program: as `SwapConfig` has it.
     """
 
     shape: str = "llama3_8b"
@@ -77,6 +78,7 @@ class AcceleratorConfig:
     steps: int = 40
     host_bytes: int = 8 * 10**9
     budget_s: float = 150.0
+    layers_per_program: int | None = None
 
 
 def decoder(shape: str, dtype: Any) -> Decoder:
@@ -93,9 +95,12 @@ def served(
     context: int,
     host_bytes: int,
     batch_tokens: int = 256,
+    group: int | None = None,
 ) -> Engine:
     """A warm engine; `share` None is the ordinary runner's."""
-    swap = None if share is None else SwapConfig(host_bytes=host_bytes, adaptive=False, host_share=share)
+    swap = None
+    if share is not None:
+        swap = SwapConfig(host_bytes=host_bytes, adaptive=False, host_share=share, layers_per_program=group)
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     config = EngineConfig(
         max_sequences=sequences,
@@ -135,15 +140,20 @@ def check(say: Callable[[str], None]) -> dict[str, Any]:
     count, prompt, output = 6, 33, 40
     tokens: dict[str, list[list[int]]] = {}
     moved = 0
-    for name, share, pages in (("ordinary", None, 200), ("resident", 0.0, 200), ("swapped", 0.5, 30)):
-        engine = served("tiny", share, pages, count, 80, 10**9, batch_tokens=32)
+    for name, share, pages, group in (
+        ("ordinary", None, 200, None),
+        ("resident", 0.0, 200, 1),
+        ("swapped", 0.5, 30, 1),
+        ("swapped in pairs of layers", 0.5, 40, 2),
+    ):
+        engine = served("tiny", share, pages, count, 80, 10**9, batch_tokens=32, group=group)
         tokens[name] = decode(engine, count, prompt, output, 8)[1]
-        if name == "swapped":
+        if share:
             reading = engine.stats().swap
             assert reading is not None
-            moved = reading.bytes["to_device"]
+            moved += reading.bytes["to_device"]
         engine.close()
-    equal = tokens["swapped"] == tokens["resident"]
+    equal = tokens["swapped"] == tokens["swapped in pairs of layers"] == tokens["resident"]
     alike = np.mean([a == b for a, b in zip(tokens["swapped"], tokens["ordinary"])])
     say(f"check: tokens {'equal' if equal else 'DIFFER'} with {moved} bytes moved")
     say(f"check: {alike:.0%} of the answers are those of the ordinary runner, whose programs may round elsewhere")
@@ -157,7 +167,10 @@ def measure(config: AcceleratorConfig, say: Callable[[str], None]) -> dict[str, 
     itemsize = 4 if jax.default_backend() == "cpu" else 2
     page_bytes = model["num_layers"] * _PAGE * 2 * model["num_kv_heads"] * model["head_dim"] * itemsize
     pages, context = config.kv_bytes // page_bytes, config.context_pages * _PAGE
-    rates = probe_rates(64 * page_bytes // model["num_layers"])
+    group = layers_together(
+        SwapConfig(config.host_bytes, layers_per_program=config.layers_per_program), model["num_layers"]
+    )
+    rates = probe_rates(64 * group * page_bytes // model["num_layers"])
     say(f"link {rates.link_bytes_per_s / 1e9:.1f} GB/s, device memory {rates.device_bytes_per_s / 1e9:.0f} GB/s")
     output = min(context // 2, config.steps + 12)
     prompt = (context - output - 1) // _PAGE * _PAGE + 1
@@ -168,7 +181,7 @@ def measure(config: AcceleratorConfig, say: Callable[[str], None]) -> dict[str, 
             say(f"{name}: left out, {config.budget_s:.0f} s are over")
             return
         begin = time.perf_counter()
-        engine = served(config.shape, share, budget_pages, count, context, config.host_bytes)
+        engine = served(config.shape, share, budget_pages, count, context, config.host_bytes, group=group)
         warm_s = time.perf_counter() - begin
         walls, tokens = decode(engine, count, prompt, output, config.steps)
         reading = engine.stats().swap
@@ -181,6 +194,7 @@ def measure(config: AcceleratorConfig, say: Callable[[str], None]) -> dict[str, 
             "host_share": reading.host_share,
             "peak_over_budget": reading.device_peak_bytes / reading.device_budget_bytes,
             "sampled_stall_share": reading.stall_s / reading.compute_s if reading.compute_s else 0.0,
+            "launch_ms": 1e3 * reading.launch_s,
             "recompilations": engine.stats().recompilations,
             "warm_s": warm_s,
             "tokens": tokens,
@@ -193,12 +207,16 @@ def measure(config: AcceleratorConfig, say: Callable[[str], None]) -> dict[str, 
         engine.close()
 
     few = max(1, pages // config.context_pages - 1)
-    law = pages / (1 - config.share + 2 * config.share / model["num_layers"])
+    law = pages / (1 - config.share + 2 * group * config.share / model["num_layers"])
     many = max(few, int(0.97 * law) // config.context_pages)
     row("k0", 0.0, pages, few)
     row("swapped", config.share, pages, many)
     row("all_on_device", 0.0, (many + 2) * config.context_pages + 64, many)
-    found: dict[str, Any] = {"link_GBps": rates.link_bytes_per_s / 1e9, "device_GBps": rates.device_bytes_per_s / 1e9}
+    found: dict[str, Any] = {
+        "layers_per_program": group,
+        "link_GBps": rates.link_bytes_per_s / 1e9,
+        "device_GBps": rates.device_bytes_per_s / 1e9,
+    }
     if {"k0", "swapped"} <= rows.keys():
         found["throughput_gain"] = rows["swapped"]["tokens_per_s"] / rows["k0"]["tokens_per_s"]
     if {"all_on_device", "swapped"} <= rows.keys():
@@ -227,7 +245,7 @@ def decision(config: AcceleratorConfig) -> str:
     shape = cache_shape(model, 4 if jax.default_backend() == "cpu" else 2)
     pages = int(config.kv_bytes // (shape.layers * _PAGE * shape.kv_bytes))
     engine = EngineConfig(max_sequences=8, max_batch_tokens=64, num_pages=pages, page_size=_PAGE)
-    swap = SwapConfig(host_bytes=config.host_bytes)
+    swap = SwapConfig(host_bytes=config.host_bytes, layers_per_program=config.layers_per_program)
     chosen = dataclasses.make_dataclass("Chosen", ["num_pages"])(pages)
     return start_swapping(model, engine, swap, chosen, jnp.dtype(jnp.bfloat16)).line
 

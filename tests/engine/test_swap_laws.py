@@ -255,10 +255,12 @@ def test_bad_settings_are_refused_by_name():
     sequences=st.integers(1, 16),
     step_pages=st.integers(1, 8),
     chunk=st.integers(1, 64),
+    group=st.sampled_from([1, 2, 4]),
 )
-def test_sizes_stay_within_the_budget_and_follow_the_law(share, pages, sequences, step_pages, chunk):
+def test_sizes_stay_within_the_budget_and_follow_the_law(share, pages, sequences, step_pages, chunk, group):
     swap = SwapConfig(host_bytes=1 << 50, chunk_pages=chunk)
     sizes = {"layers": 32, "page_bytes": 2048, "step_pages": step_pages, "sequences": sequences}
+    sizes |= {"group": group}
     budget = pages * 32 * 2048
     try:
         plan = plan_spaces(swap, share, kv_device_bytes=budget, **sizes)
@@ -270,9 +272,9 @@ def test_sizes_stay_within_the_budget_and_follow_the_law(share, pages, sequences
     assert plan.device_bytes <= budget
     assert plan.host_pages == int(share / (1 - share) * plan.device_slots)
     assert plan.chunks * plan.chunk_pages >= plan.host_pages
-    law = capacity_tokens(CacheShape(32, 128, 1, 1), budget, share) / 16
+    law = capacity_tokens(CacheShape(32, 128, 1, 1), budget, share, staging=2 * group) / 16
     # Padding to chunks, the scrap page, and what is on its way to the host.
-    spare = 1 + 2 * (plan.new_chunks + 1) * plan.chunk_pages / 32
+    spare = 1 + 2 * group * (plan.new_chunks + 1) * plan.chunk_pages / 32
     assert law * (1 - spare / pages) - 3 / (1 - share) <= plan.pages <= law + 1
 
 

@@ -4,6 +4,7 @@ The state machine keeps contents beside the places, as arrays would: device slot
 device that chunks are copied to.
 """
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -178,7 +179,8 @@ class Swapping(RuleBasedStateMachine):
             else:
                 assert self.host[place.chunk][place.offset] == content
                 assert table[page] == DEVICE and letters[page] == ord("h")
-                assert place.chunk in self.spaces.chunks_of([page])
+                assert self.spaces.chunks_of(np.array([page])) == [place.chunk]
+        assert self.spaces.count_on_host(np.arange(self.spaces.size)) == self.spaces.on_host
 
     def teardown(self):
         for pages in self.sequences:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import random
+import time
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from jaxstack.engine.memory.swap import Rates, SwapConfig
 from jaxstack.engine.swap_movers import EmulatedMachine
 from jaxstack.engine.swap_start import cache_shape, start_swapping
 from jaxstack.models.decoder import Decoder, DecoderConfig
+from jaxstack.models.decoder_config import MoeConfig
 from jaxstack.runtime.errors import UserError
 from jaxstack.runtime.memory_spaces import Space, probe_spaces
 from jaxstack.training.initialize import fresh_decoder
@@ -95,10 +97,10 @@ def check(engine: Engine) -> None:
     assert sum(reading.pages.values()) == runner.spaces.size
 
 
-@pytest.mark.parametrize("k, pages", [(0, 40), (1, 40), (8, 38), (16, 38), (31, 56)])
-def test_tokens_are_those_of_the_resident_engine(k, pages):
+@pytest.mark.parametrize("k, pages, group", [(0, 40, 1), (1, 40, 1), (8, 38, 1), (16, 44, 4), (31, 56, 1)])
+def test_tokens_are_those_of_the_resident_engine(k, pages, group):
     """Mixed lengths, common beginnings, preemption; 32 layers, grouped queries."""
-    engine = swapping(k / 32, pages)
+    engine = swapping(k / 32, pages, swap={"layers_per_program": group})
     assert answers(engine) == resident()
     check(engine)
     plan, stats = engine.runner.plan, engine.stats()
@@ -119,6 +121,96 @@ def test_bfloat16_and_windows():
     assert answers(engine) == resident(4, **window)
     check(engine)
     assert 0 < engine.stats().swap.bytes["to_device"] < everything / 2
+
+
+def test_layers_in_groups_of_several_kinds():
+    """Groups of two of four layers, which differ: experts or none, a window or none."""
+    moe = MoeConfig(num_experts=4, experts_per_token=2, intermediate_size=32, dense_layers=(0, 2))
+    changes = {"architecture": "MixtralForCausalLM", "moe": moe, "layer_windows": (None, 12, None, 12)}
+    engine = swapping(0.5, 48, layers=4, swap={"layers_per_program": 2}, changes=changes)
+    assert {kinds for _, kinds in engine.runner._groups} == {(False, True)}
+    assert answers(engine) == resident(4, **changes)
+    check(engine)
+    reading, runner = engine.stats().swap, engine.runner
+    slices = reading.bytes["to_device"] / runner._slice_bytes
+    assert slices > 0 and runner._slice_bytes == 2 * runner.plan.chunk_pages * 4 * 4 * 16 * 4
+    engine.close()
+
+
+def test_steps_with_everything_on_the_device_are_one_program():
+    """Before anything has left, and again once what is read is back in exchange for what is not."""
+    engine = swapping(0.5, 64, layers=4)
+    runner, kinds = engine.runner, []
+    whole, groups = runner._run_whole, runner._run_groups
+    runner._run_whole = lambda *given: kinds.append("whole") or whole(*given)
+    runner._run_groups = lambda *given: kinds.append("groups") or groups(*given)
+    assert answers(engine) == resident(4)
+    assert kinds[0] == "whole" and "groups" in kinds
+    prompts, _ = requests()
+    began = []
+    for prompt in prompts:  # each finds its beginning cached, on the device or the host
+        kinds.clear()
+        engine.generate([prompt], SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True))
+        began.append(kinds[0])
+        assert kinds[-8:].count("whole") >= 6, kinds  # others make room for pages to write
+    assert "groups" in began
+    check(engine)
+    engine.close()
+
+
+def test_batches_that_fill_both_spaces_again_and_again():
+    """What others have left behind is cached and in pieces: chunks are merged, or give pages back, so that all fit."""
+    engine = swapping(0.5, 44, layers=4)
+    ordinary = Engine(model(4), None, EngineConfig(num_pages=400, **SETTINGS))
+    runner, squeezed, returned = engine.runner, [], []
+    squeeze, promoted = runner._squeeze, runner._promoted
+    runner._squeeze = lambda chunks: squeezed.append(len(returned)) or squeeze(chunks)
+    runner._promoted = lambda *given: returned.append(given) or promoted(*given)
+    rng = random.Random(0)
+    for length in (50, 65, 66, 44):
+        prompts = [[rng.randrange(128) for _ in range(length)] for _ in range(4)]
+        params = [SamplingParams(max_tokens=n, temperature=0.0, ignore_eos=True) for n in (1, 96 - length)]
+        for param in params:
+            found, wanted = (
+                [output.completions[0].token_ids for output in each.generate(prompts, param)]
+                for each in (engine, ordinary)
+            )
+            assert found == wanted
+        assert len(runner.spaces.living_chunks()) <= runner.plan.chunks + runner.plan.new_chunks
+    check(engine)
+    assert squeezed and returned
+    engine.close()
+    ordinary.close()
+
+
+def test_a_host_that_launches_too_slowly_keeps_everything_on_the_device():
+    """Where the device is not waited for, launching that takes longer than computing counts as a stall."""
+    swap = SwapConfig(host_bytes=1 << 30, window_steps=4)
+    config = EngineConfig(num_pages=44, kv_swap=swap, **SETTINGS)
+    engine = Engine(model(4), None, config, rates=Rates(1e9, 5e8, 1e30))
+    engine.warm_up(progress=False)
+    runner = engine.runner
+    runner._strict = False  # as on a GPU
+    groups, decide = runner._run_groups, runner.controller.observe
+    shares = []
+
+    def slow(*given):
+        time.sleep(0.04)
+        return groups(*given)
+
+    def noted(window):
+        target = decide(window)
+        shares.append((target.share, target.reason))
+        return target
+
+    runner._run_groups, runner.controller.observe = slow, noted
+    for seed in range(2):
+        assert answers(engine, seed) == resident(4, seed=seed)
+    engine._pipeline.settle()
+    largest = max(share for share, _ in shares)
+    assert largest > 0 and shares[-1][0] == 0, shares
+    assert engine.stats().swap.launch_s > 0.04
+    engine.close()
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +325,12 @@ def test_the_controller_grows_in_a_live_engine_and_refuses_a_slow_link():
     check(engine)
     engine.close()
     engine.runner.close()
+    tight = dataclasses.replace(config, num_pages=80, kv_swap=dataclasses.replace(swap, layers_per_program=4))
+    refused = Engine(model(4), None, tight, rates=fast)
+    assert refused.notes[0].startswith("swapping off: ") and refused.notes[0].endswith(
+        "segments of 4 layers take the rest"
+    )
+    assert refused.stats().swap is None
     refused = Engine(model(4), None, config, rates=slow)
     assert refused.notes[0].startswith("swapping off: the link moves 0.001 GB/s, a layer computes in")
     assert refused.stats().swap is None
@@ -253,6 +351,10 @@ def test_bad_settings_are_refused_in_a_line():
             plan(config=dataclasses.replace(config, **changes), swap=swap, chosen=chosen)
     with pytest.raises(UserError, match=r"kv_host_gb: found 1000000.0 GB, expected at most the .* GB free"):
         plan(config=config, swap=dataclasses.replace(swap, host_bytes=10**15), chosen=chosen)
+    with pytest.raises(UserError, match="layers_per_program: found 3, expected a divisor of the model's 4 layers"):
+        plan(config=config, swap=dataclasses.replace(swap, layers_per_program=3), chosen=chosen)
+    with pytest.raises(UserError, match="layers_per_program: found 0, expected an integer >= 1"):
+        dataclasses.replace(swap, layers_per_program=0)
     with pytest.raises(UserError, match="host_bytes: found 1000, expected at least"):
         plan(config=config, swap=dataclasses.replace(swap, host_bytes=1000), chosen=chosen)
     chosen.num_pages = 10

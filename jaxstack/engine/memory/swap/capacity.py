@@ -8,10 +8,11 @@ computes for t_l seconds; to move the whole batch's keys and values of one layer
     static_layers   a step takes   max(L t_l, k t_in, k (t_in + t_l) / d)       T = M / (kappa (L - k + d))
     ring            a layer takes  max(t_l, t_in, (2 t_in + t_l) / (L - k))     T = M / (kappa (L - k))
 
-Striped pages: every layer streams its slice of the same pages, through d segments. Static layers: k of them, evenly
-spaced, stream through d slots; exact where k divides L, else a lower bound by less than one layer. The ring is a FIFO
-of L - k slots over the layers, which a cyclic scan misses every time: each layer is written out and read back in
-every step, however few do not fit.
+Striped pages: every layer streams its slice of the same pages, through d segments. Where g layers stream together,
+computing and moving take g times as long, so times are as above, and memory is d g where it is d. Static layers: k of
+them, evenly spaced, stream through d slots; exact where k divides L, else a lower bound by less than one layer. The
+ring is a FIFO of L - k slots over the layers, which a cyclic scan misses every time: each layer is written out and read
+back in every step, however few do not fit.
 """
 
 import dataclasses
@@ -84,7 +85,7 @@ def capacity_tokens(
 
     Args:
       share: phi, 0 to 1. With static layers and the ring phi L should be whole.
-      staging: d; without a share on the host none is needed.
+      staging: d, times the layers that stream together; without a share on the host none is needed.
 
     Raises:
       UserError: a ring without a slot.
@@ -130,7 +131,7 @@ def hides(
     return whole <= layers * layer_s * (1 + 1e-12)
 
 
-def k_max(rates: Rates, shape: CacheShape, kv_device_bytes: float, *, staging: int = 2) -> float:
+def k_max(rates: Rates, shape: CacheShape, kv_device_bytes: float, *, staging: int = 2, group: int = 1) -> float:
     """The largest k, in layers' worth of striped pages, that hides with a full cache. Less than 1: it does not pay.
 
     phi t_in grows with phi and so does t_l, but slower where there is a limit at all: found by bisection.
@@ -139,7 +140,7 @@ def k_max(rates: Rates, shape: CacheShape, kv_device_bytes: float, *, staging: i
         return 0.0
 
     def fits(share: float) -> bool:
-        tokens = capacity_tokens(shape, kv_device_bytes, share, staging=staging)
+        tokens = capacity_tokens(shape, kv_device_bytes, share, staging=staging * group)
         return share * rates.moving_s(shape, tokens) <= rates.layer_s(shape, tokens)
 
     low, high = 0.0, 1.0
@@ -161,13 +162,15 @@ def k_max_roofline(rates: Rates, shape: CacheShape, kv_device_bytes: float, *, s
     return ratio * (weights * layers + layers) / (1 + ratio * weights * (1 - staging / layers))
 
 
-def gain(rates: Rates, shape: CacheShape, kv_device_bytes: float, k: float, *, staging: int = 2) -> float:
+def gain(
+    rates: Rates, shape: CacheShape, kv_device_bytes: float, k: float, *, staging: int = 2, group: int = 1
+) -> float:
     """Tokens a second of a full cache with k layers' worth on the host, over that with none: so many more sequences
     in a step, which takes longer for them and for what does not hide.
     """
 
     def rate(share: float) -> float:
-        tokens = capacity_tokens(shape, kv_device_bytes, share, staging=staging)
+        tokens = capacity_tokens(shape, kv_device_bytes, share, staging=staging * group)
         times = rates.layer_s(shape, tokens), rates.moving_s(shape, tokens)
         return tokens / step_seconds(shape.layers, share * shape.layers, *times, staging=staging)
 

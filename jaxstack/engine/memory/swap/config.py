@@ -21,6 +21,8 @@ class SwapConfig:
       placement: "page_striped" is what the engine does; the others exist for the simulator.
       staging_segments: layers whose host pages may be on the device at once, d; with 2 one arrives while one is read.
       chunk_pages: pages that move as one array, at most.
+      layers_per_program: layers that are launched, and whose pages arrive, together: more of them make fewer launches
+        and take more of the device for segments. Divides the model's layers; None: chosen by the device.
       adaptive: the controller chooses the host's share; else it is `host_share`.
       host_share: phi, the share of keys and values that a full cache has on the host; None: as large as `host_bytes`
         allows.
@@ -37,6 +39,7 @@ class SwapConfig:
     placement: Placement = "page_striped"
     staging_segments: int = 2
     chunk_pages: int = 64
+    layers_per_program: int | None = None
     adaptive: bool = True
     host_share: float | None = None
     window_steps: int = 16
@@ -51,6 +54,8 @@ class SwapConfig:
         for name, least in (("host_bytes", 0), ("staging_segments", 1), ("chunk_pages", 1), ("window_steps", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"{name}: found {getattr(self, name)}, expected an integer >= {least}")
+        if self.layers_per_program is not None and self.layers_per_program < 1:
+            raise UserError(f"layers_per_program: found {self.layers_per_program}, expected an integer >= 1")
         if self.host_share is not None and not 0 <= self.host_share <= LARGEST_SHARE:
             raise UserError(f"host_share: found {self.host_share}, expected a number from 0 to {LARGEST_SHARE}")
         if not 0 <= self.grow_below < self.shrink_above:

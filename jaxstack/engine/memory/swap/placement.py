@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int, Int32, Int64
 
 from jaxstack.engine.memory.pages import Owner, PagePool
 
@@ -63,6 +63,7 @@ class PageSpaces(PagePool):
         self._slot_at = np.full(self.size + 1, -1, np.int32)  # the same by page, for `slot_table`
         self._full = np.zeros(self.size, bool)
         self._place_of: dict[int, Place] = {}
+        self._chunk_at = np.full(self.size, -1, np.int64)  # its chunk by page
         self._chunks: dict[int, _Chunk] = {}
         self._next_chunk = 0
         self._dropped: list[int] = []
@@ -114,18 +115,27 @@ class PageSpaces(PagePool):
         if pages and not self._full[pages[-1]]:
             self._full[pages] = True
 
-    def full_on_device(self) -> list[int]:
-        """The pages in slots that nobody will write again: those noted, and all of the tree."""
+    def full_on_device(self) -> Int64[np.ndarray, " full"]:
+        """The pages in slots that nobody will write again, ascending: those noted, and all of the tree."""
         tree = np.frombuffer(self.owners(), np.uint8) == Owner.TREE
-        return np.flatnonzero((self._full | tree) & (self._slot_at[:-1] >= 0)).tolist()
+        return np.flatnonzero((self._full | tree) & (self._slot_at[:-1] >= 0))
+
+    def living_chunks(self) -> list[int]:
+        """The chunks with a page that is alive."""
+        return [number for number, chunk in self._chunks.items() if chunk.living]
 
     def chunk(self, chunk: int) -> Sequence[int]:
         """The page at each index, -1 for none."""
         return self._chunks[chunk].pages
 
-    def chunks_of(self, pages: Iterable[int]) -> list[int]:
+    def chunks_of(self, pages: Int[np.ndarray, " n"]) -> list[int]:
         """The chunks that hold any of `pages`, the oldest first: what a step that reads them streams."""
-        return sorted({self._place_of[page].chunk for page in pages if page in self._place_of})
+        chunks = np.unique(self._chunk_at[pages])
+        return chunks[chunks >= 0].tolist()
+
+    def count_on_host(self, pages: Int[np.ndarray, " n"]) -> int:
+        """How many of `pages` are in chunks."""
+        return int(np.count_nonzero(self._chunk_at[pages] >= 0))
 
     def spaces(self) -> bytes:
         """A letter for every page, in order: "d"evice, "h"ost, or "-" for neither. Callable from any thread."""
@@ -161,7 +171,7 @@ class PageSpaces(PagePool):
         self._chunks[number] = _Chunk(list(pages), len(pages))
         for index, page in enumerate(pages):
             self._vacate(page)
-            self._place_of[page] = Place(number, index)
+            self._lay(page, Place(number, index))
         return number
 
     def promote(self, pages: Sequence[int]) -> list[int]:
@@ -208,7 +218,7 @@ class PageSpaces(PagePool):
             fresh.append(number)
             for index, page in enumerate(group):
                 self._die(page)
-                self._place_of[page] = Place(number, index)
+                self._lay(page, Place(number, index))
         return fresh
 
     def hold(self, chunk: int) -> None:
@@ -252,8 +262,12 @@ class PageSpaces(PagePool):
         self._slots.append(self._slot_of.pop(page))
         self._slot_at[page] = -1
 
+    def _lay(self, page: int, place: Place) -> None:
+        self._place_of[page], self._chunk_at[page] = place, place.chunk
+
     def _die(self, page: int) -> None:
         place = self._place_of.pop(page)
+        self._chunk_at[page] = -1
         chunk = self._chunks[place.chunk]
         chunk.pages[place.offset] = -1
         chunk.living -= 1
@@ -270,6 +284,9 @@ class PageSpaces(PagePool):
         slots = list(self._slot_of.values())
         assert all(self._slot_at[page] == slot for page, slot in self._slot_of.items()), "the table lags"
         assert np.count_nonzero(self._slot_at >= 0) == len(slots), "the table has more"
+        assert {p: place.chunk for p, place in self._place_of.items()} == {
+            p: chunk for p, chunk in enumerate(self._chunk_at.tolist()) if chunk >= 0
+        }, "the table of chunks lags"
         assert len(set(slots)) == len(slots), "two pages in a slot"
         assert sorted(slots + self._slots) == list(range(self.device_slots)), "slots lost"
         assert not self._slot_of.keys() & self._place_of.keys(), "a page in two spaces"

@@ -17,6 +17,8 @@ class SwapReading:
       link_bytes_per_s: host to device, as known.
       decisions: of the controller, by kind; `reason` of the last.
       device_peak_bytes, device_budget_bytes: of keys and values.
+      launch_s: what the host takes to launch a step in groups of layers without waiting for the device; 0 where it
+        always waits, or there was none yet.
     """
 
     pages: Mapping[str, int]
@@ -30,3 +32,4 @@ class SwapReading:
     reason: str
     device_peak_bytes: int
     device_budget_bytes: int
+    launch_s: float = 0.0

@@ -15,7 +15,9 @@ class SpacePlan:
       host_pages: pages on the host at once.
       chunk_pages: pages of a chunk.
       chunks: that a layer's segment has at most.
+      step_pages: that one step may write.
       new_chunks: that leave the device in one step at most, while their copies are under way.
+      group: layers that are launched, and whose slices of a chunk move, together.
       device_bytes: of all that, at most.
       host_bytes: of the chunks.
     """
@@ -24,7 +26,9 @@ class SpacePlan:
     host_pages: int
     chunk_pages: int
     chunks: int
+    step_pages: int
     new_chunks: int
+    group: int
     device_bytes: int
     host_bytes: int
 
@@ -43,6 +47,7 @@ def plan_spaces(
     page_bytes: int,
     step_pages: int,
     sequences: int,
+    group: int = 1,
 ) -> SpacePlan:
     """Divides `kv_device_bytes` so that a full cache has the share phi on the host.
 
@@ -50,6 +55,7 @@ def plan_spaces(
       page_bytes: of one page in one layer.
       step_pages: new pages that one step may write.
       sequences: running at once: each has a page that is not full.
+      group: layers that are launched together.
 
     Raises:
       UserError: not even the pages that one step writes would fit, with the smallest budget that works; or the host's
@@ -64,17 +70,20 @@ def plan_spaces(
         host = int(share / (1 - share) * slots)
         chunk = min(config.chunk_pages, max(1, host // 8)) if host else 1
         chunks = -(-host // chunk)
-        new = -(-(step_pages + sequences) // chunk) + 1 if host else 0
-        device = page_bytes * (layers * (slots + 1) + d * (chunks + new) * chunk)
-        return SpacePlan(slots, host, chunk, chunks, new, device, layers * page_bytes * chunk * (chunks + new))
+        written = step_pages + sequences
+        new = -(-written // chunk) + 1 if host else 0
+        device = page_bytes * (layers * (slots + 1) + d * group * (chunks + new) * chunk)
+        return SpacePlan(
+            slots, host, chunk, chunks, written, new, group, device, layers * page_bytes * chunk * (chunks + new)
+        )
 
     smallest = planned(least)
     if smallest.device_bytes > kv_device_bytes:
         raise UserError(
             f"swapping: found {kv_device_bytes} bytes of the device for keys and values, expected at least "
             f"{smallest.device_bytes}: {least} pages of {layers} layers for {sequences} sequences and a step's "
-            f"{step_pages} new pages, and {d} segments of {smallest.chunks + smallest.new_chunks} chunks; lower "
-            "max_sequences, max_batch_tokens or the host's share"
+            f"{step_pages} new pages, and {d} segments of {smallest.chunks + smallest.new_chunks} chunks of {group} "
+            "layers at a time; lower max_sequences, max_batch_tokens, layers_per_program or the host's share"
         )
     low, high = least, kv_device_bytes // (layers * page_bytes)
     while low < high:
@@ -98,6 +107,7 @@ def largest_share(
     page_bytes: int,
     step_pages: int,
     sequences: int,
+    group: int = 1,
 ) -> float:
     """The largest share, at most `wanted` and in steps of `config.step`, that the host's bytes hold."""
     share = wanted
@@ -111,6 +121,7 @@ def largest_share(
                 page_bytes=page_bytes,
                 step_pages=step_pages,
                 sequences=sequences,
+                group=group,
             )
         except UserError:
             share = max(0.0, share - config.step)
