@@ -486,6 +486,7 @@ class SwappingRunner(Runner):
 
     def _bring(self, group: int, place: int, chunks: list[int]) -> None:
         if chunks:
+            assert len(self._mover.at(place)) + len(chunks) <= self.plan.chunks, f"{chunks} and others at one place"
             for chunk in chunks:
                 self.spaces.hold(chunk)
             self._mover.fetch(group, place, chunks)
@@ -567,7 +568,7 @@ class SwappingRunner(Runner):
         for chunk in segment:
             spaces.hold(chunk)
         if leaving:
-            return _Move(ints, segment, segment, leaving)
+            return _Move(ints, segment, segment[: self.plan.chunks], leaving)
         merging = self._merging(spaces.mergeable(segment))
         returning = None if merging is not None else self._returning(segment, spare, read)
         return _Move(ints, segment, spaces.chunks_of(read), leaving, merging, returning)

@@ -158,9 +158,10 @@ def test_steps_with_everything_on_the_device_are_one_program():
     engine.close()
 
 
-def test_batches_that_fill_both_spaces_again_and_again():
+@pytest.mark.parametrize("emulate", [None, EmulatedMachine(lambda kv, new: 0.0, None, None)])
+def test_batches_that_fill_both_spaces_again_and_again(emulate):
     """What others have left behind is cached and in pieces: chunks are merged, or give pages back, so that all fit."""
-    engine = swapping(0.5, 44, layers=4)
+    engine = swapping(0.5, 44, layers=4, emulate=emulate)
     ordinary = Engine(model(4), None, EngineConfig(num_pages=400, **SETTINGS))
     runner, squeezed, returned = engine.runner, [], []
     squeeze, promoted = runner._squeeze, runner._promoted
@@ -180,6 +181,7 @@ def test_batches_that_fill_both_spaces_again_and_again():
     check(engine)
     assert squeezed and returned
     engine.close()
+    runner.close()
     ordinary.close()
 
 
