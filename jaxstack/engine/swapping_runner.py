@@ -476,6 +476,8 @@ class SwappingRunner(Runner):
     def _put_back(self, numbers: LayerNumbers, returning: _Returning, arrays: Mapping[int, Array]) -> None:
         chunk = arrays[returning.chunk]
         self._cache = self._scatter(self._cache, numbers.index, chunk, returning.index, returning.slots)
+        if self._strict:
+            jax.block_until_ready(self._cache)  # the chunk's place is filled anew
 
     def _fetch(self, move: _Move, step: int) -> None:
         """The next segment begins to arrive: of this step, or of the step after it."""
