@@ -29,6 +29,9 @@ BARS: Mapping[str, tuple[float, bool]] = {
     "measured.throughput_gain_k16": (1.68, True),
     "measured.added_latency": (0.05, False),
     "simulated_vs_measured": (0.10, False),
+    "measured.tokens_equal": (1, True),
+    "measured.peak_over_budget": (1, False),
+    "measured.recompilations": (0, False),
 }
 """A figure -> its bar, and whether that is a least one."""
 

@@ -37,6 +37,11 @@ def test_the_report_and_the_pictures(parts, tmp_path):
     assert summary["measured"]["added_latency"] == pytest.approx(0.264 / 0.262 - 1, abs=1e-4)
     assert summary["simulated_vs_measured"] == pytest.approx(0.272 / 0.264 - 1, abs=1e-4)
     assert set(summary["bars"]) == set(report.BARS)
+    equal = [
+        report.summarise(parts | {"measured": rows | {"k16": rows["k16"] | {"unlinked_tokens_equal": same}}}, 1)
+        for same in (True, False)
+    ]
+    assert [each["bars"]["measured.tokens_equal"] for each in equal] == [True, False]
     assert 1.0 < summary["throughput_gain_k8"] < summary["throughput_gain_k16"]
     assert summary["added_latency"] == 0 and summary["link_20GBps_forced_k16"] < 0.5
     text = report.text(summary)
