@@ -79,11 +79,12 @@ def plan_spaces(
 
     smallest = planned(least)
     if smallest.device_bytes > kv_device_bytes:
+        together, lower = (f" of {group} layers", ", layers_per_program") if group > 1 else ("", "")
         raise UserError(
             f"swapping: found {kv_device_bytes} bytes of the device for keys and values, expected at least "
             f"{smallest.device_bytes}: {least} pages of {layers} layers for {sequences} sequences and a step's "
-            f"{step_pages} new pages, and {d} segments of {smallest.chunks + smallest.new_chunks} chunks of {group} "
-            "layers at a time; lower max_sequences, max_batch_tokens, layers_per_program or the host's share"
+            f"{step_pages} new pages, and {d} segments of {smallest.chunks + smallest.new_chunks} chunks{together}; "
+            f"lower max_sequences, max_batch_tokens{lower} or the host's share"
         )
     low, high = least, kv_device_bytes // (layers * page_bytes)
     while low < high:
