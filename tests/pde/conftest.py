@@ -1,7 +1,4 @@
-"""What the solver's tests share: float64 for oracles that ask for it, and quick compilation of programs that run once.
-
-Compiling is nearly all of these tests' time. XLA's optimisations change rounding and nothing that is tested here.
-"""
+"""What the solver's tests share: float64, for oracles that ask for it."""
 
 import jax
 import pytest
@@ -11,11 +8,3 @@ import pytest
 def float64():
     with jax.enable_x64(True):
         yield
-
-
-@pytest.fixture(autouse=True, scope="package")
-def quick_compilation():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)

@@ -137,7 +137,7 @@ def test_engd_takes_only_steps_that_help():
         state = new
 
 
-def test_a_running_mean_is_answered_and_the_iterates_go_on_without_it():
+def test_a_running_mean_is_answered_and_the_iterates_go_on_without_it(float64):
     plain = PinnSpring(equations.poisson(2), CURVED)
     averaged = PinnSpring(equations.poisson(2), dataclasses.replace(CURVED, averaging=0.75))
     one, other = (jax.jit(m.init)(jax.random.key(0)) for m in (plain, averaged))
