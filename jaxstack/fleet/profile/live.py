@@ -202,7 +202,8 @@ class Endpoint:
                 await asyncio.sleep(max(0.0, next_s - time.perf_counter()))
                 tasks.append(asyncio.create_task(one()))
                 next_s += self._draw.expovariate(rate_rps)
-            await asyncio.sleep(max(0.0, min(end, next_s) - time.perf_counter()) if open_ < crowded else 0.0)
+            if open_ < crowded:
+                await asyncio.sleep(max(0.0, min(end, next_s) - time.perf_counter()))
             count(0)
             span, left = time.perf_counter() - began - warmup_s, open_
             if open_ >= crowded:
