@@ -8,14 +8,14 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from flax import nnx
 
 from jaxstack.engine import Engine, EngineConfig
 from jaxstack.models import lora
-from jaxstack.models.decoder import Decoder, DecoderConfig
+from jaxstack.models.decoder import DecoderConfig
 from jaxstack.models.peft_format import save_peft
 from jaxstack.models.tokenizer import byte_tokenizer
 from jaxstack.serving import BackgroundServer, ServerConfig
+from jaxstack.training.initialize import fresh_decoder
 
 MODEL = DecoderConfig(
     architecture="Qwen2ForCausalLM",
@@ -35,7 +35,7 @@ MODEL = DecoderConfig(
 @pytest.fixture(scope="session")
 def adapter_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA adapter of the model that changes every answer."""
-    model, config = Decoder(MODEL, rngs=nnx.Rngs(0)), lora.LoraConfig(r=2, alpha=64.0)
+    model, config = fresh_decoder(MODEL), lora.LoraConfig(r=2, alpha=64.0)
     lora.attach(model, config, seed=1)
     rng = np.random.default_rng(0)
     factors = {
@@ -54,7 +54,7 @@ def engine(adapter_folder: Path) -> Iterator[Engine]:
     settings = EngineConfig(
         max_sequences=4, max_batch_tokens=64, page_size=8, num_pages=1024, max_adapters=2, max_adapter_rank=2
     )
-    engine = Engine(Decoder(MODEL, rngs=nnx.Rngs(0)), byte_tokenizer(), settings)
+    engine = Engine(fresh_decoder(MODEL), byte_tokenizer(), settings)
     engine.start(progress=False)
     yield engine
     engine.close()

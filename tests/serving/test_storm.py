@@ -9,12 +9,11 @@ import threading
 import httpx
 import psutil
 import pytest
-from flax import nnx
 
 from jaxstack.engine import Engine, EngineConfig
-from jaxstack.models.decoder import Decoder
 from jaxstack.models.tokenizer import byte_tokenizer
 from jaxstack.serving import BackgroundServer, ServerConfig
+from jaxstack.training.initialize import fresh_decoder
 from tests.serving.conftest import MODEL
 from tests.serving.stopping import stopping
 from tests.serving.test_clients_that_leave import at_rest, eventually, request
@@ -29,7 +28,7 @@ def small():
     settings = EngineConfig(
         max_sequences=4, max_batch_tokens=64, page_size=8, num_pages=16, max_model_len=128, max_waiting=8
     )
-    engine = Engine(Decoder(MODEL, rngs=nnx.Rngs(0)), byte_tokenizer(), settings)
+    engine = Engine(fresh_decoder(MODEL), byte_tokenizer(), settings)
     with BackgroundServer(engine, ServerConfig(port=0, model_name="small")) as server:
         yield engine, server
     engine.close()
