@@ -11,6 +11,8 @@ from jaxstack.engine import sampling
 from jaxstack.engine.logit_rules import PROCESSED, RecordLayout, RowParams, words
 from jaxstack.engine.sampling import _inverse_cdf, _kept, sample
 
+# Each shape of logits is a program of its own, which takes longer to compile than to run: tests share shapes.
+
 
 def params(rows, *, seed=0, position=None, logprobs=0, **given):
     neutral = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "repetition": 1.0, "frequency": 0.0, "presence": 0.0}
@@ -119,8 +121,8 @@ kept = jax.jit(_kept)
 
 
 def test_greedy_takes_the_lowest_id_among_equals():
-    logits = jnp.zeros((3, 100)).at[1, 40].set(1.0).at[1, 70].set(1.0).at[2].set(-jnp.inf).at[2, 99].set(-5.0)
-    assert np.asarray(draw(logits, params(3, temperature=0.0)).token).tolist() == [0, 40, 99]
+    logits = jnp.zeros((4, 300)).at[1, 40].set(1.0).at[1, 70].set(1.0).at[2].set(-jnp.inf).at[2, 299].set(-5.0)
+    assert np.asarray(draw(logits, params(4, temperature=0.0)).token).tolist() == [0, 40, 299, 0]
 
 
 def test_a_row_does_not_depend_on_its_batch(drawn):
@@ -167,14 +169,14 @@ def test_no_row_is_ever_sorted_whole():
 
 
 def test_neutral_filters_change_nothing():
-    logits = jnp.asarray(np.random.default_rng(3).normal(0, 2, (500, 300)).astype(np.float32))
+    logits = jnp.asarray(np.random.default_rng(3).normal(0, 2, (500, 700)).astype(np.float32))
     free = np.asarray(draw(logits, params(500)).token)
-    np.testing.assert_array_equal(np.asarray(draw(logits, params(500, top_k=300)).token), free)
+    np.testing.assert_array_equal(np.asarray(draw(logits, params(500, top_k=700)).token), free)
 
 
 def test_logprobs_are_of_the_unmodified_distribution():
     rng = np.random.default_rng(1)
-    logits = rng.normal(0, 2, (2, 300)).astype(np.float32)
+    logits = rng.normal(0, 2, (2, 700)).astype(np.float32)
     out = draw(jnp.asarray(logits), params(2, temperature=0.3, top_k=3, logprobs=1))
     z = logits.astype(np.float64)
     exact = z - np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True)) - z.max(-1, keepdims=True)
@@ -206,7 +208,7 @@ def test_processed_logprobs_are_of_what_was_drawn_from():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_row_that_is_not_finite_is_flagged_and_the_others_are_not(bad):
-    logits = jnp.zeros((2, 30)).at[0, 3].set(bad).at[1, 4].set(2.0)
+    logits = jnp.zeros((2, 40)).at[0, 3].set(bad).at[1, 4].set(2.0)
     assert np.asarray(draw(logits, params(2, temperature=0.0)).token).tolist() == [-1, 4]
 
 
