@@ -17,7 +17,7 @@ from jaxstack.runtime.compilation import use_compilation_cache
 # functions miss. Everywhere else compiling is most of the time, and is done quickly; XLA's own passes are the same.
 OPTIMISED = {"test_gated", "test_sampling"}
 # Where the files are that take longest: first, so that no worker is left with one alone at the end.
-LONGEST = ("launch", "fleet", "training", "engine", "pde", "models", "kernels", "serving")
+LONGEST = ("launch", "reasoning", "fleet", "training", "engine", "pde", "models", "kernels", "serving")
 
 # XLA reads its flags when it compiles for the first time, and so do the programs that tests start.
 if "xla_cpu_use_fusion_emitters" not in os.environ.get("XLA_FLAGS", ""):
@@ -35,7 +35,9 @@ def compiled_programs(tmp_path_factory):
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"  # one for all workers
     use_compilation_cache(folder)
+    jax.config.update("jax_traceback_in_locations_limit", 0)  # where each operation came from: a tenth of all time
     os.environ |= {
+        "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
         "JAX_COMPILATION_CACHE_DIR": str(folder),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
