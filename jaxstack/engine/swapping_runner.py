@@ -426,7 +426,8 @@ class SwappingRunner(Runner):
         """One group of layers after another, while segments come and go; as `_run_whole`. `tokens`: cached and new."""
         ints, x, cos, sin = inputs
         computed, step = 0.0, self._ring.ran // self._ring.layers
-        while self._ring.may_issue:
+        # What this step has leave is not on the host yet: the next step's segments follow only as its groups have run.
+        while self._ring.may_issue and self._ring.issued < (step + 1) * self._ring.layers:
             self._fetch(move, step)
         for numbers, kinds in self._groups:
             place = self._ring.place(self._ring.ran)
