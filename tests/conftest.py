@@ -1,8 +1,5 @@
 """What all tests share: one folder of compiled programs, so that a program met twice in a run is compiled once, by
 whichever worker, or program that a test starts, meets it first; and quick compilation, which is most of their time.
-
-Programs are compiled by the emitters that XLA has had longest, in a third of the time that its newer ones take with
-small programs. XLA_FLAGS=--xla_cpu_use_fusion_emitters=true runs the suite with the newer ones.
 """
 
 import os
@@ -13,15 +10,11 @@ import pytest
 
 from jaxstack.runtime.compilation import use_compilation_cache
 
-# Files whose machine code is optimised: their tolerances are missed by what plain emitters make of tanh otherwise.
-# Everywhere else compiling is most of the time, and is done quickly; XLA's own passes are the same.
-OPTIMISED = {"test_gated"}
+# Folders whose machine code is optimised, as it is for users. Elsewhere compiling is most of the time, and is done
+# quickly; XLA's own passes are the same.
+OPTIMISED = {"kernels"}
 # Where the files are that take longest: first, so that no worker is left with one alone at the end.
 LONGEST = ("launch", "reasoning", "fleet", "training", "engine", "pde", "models", "kernels", "serving")
-
-# XLA reads its flags when it compiles for the first time, and so do the programs that tests start.
-if "xla_cpu_use_fusion_emitters" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
 
 
 def pytest_collection_modifyitems(items):
@@ -50,6 +43,6 @@ def compiled_programs(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def machine_code(request, compiled_programs):
-    quick = request.path.stem not in OPTIMISED
+    quick = request.path.parent.name not in OPTIMISED
     jax.config.update("jax_disable_most_optimizations", quick)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quick))

@@ -22,7 +22,7 @@ def test_meshes_answer_as_one_device_does(compiled_programs, tmp_path):
         **os.environ,
         "PYTHONPATH": str(root),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} "
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false "
         "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
         "--xla_llvm_disable_expensive_passes=true",
     }

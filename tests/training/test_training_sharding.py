@@ -23,7 +23,7 @@ def on_eight_devices(part: str, cache: Path, folder: Path, timeout_s: float) -> 
         # A thread that waits for other devices is taken; with too few, all would wait.
         "NPROC": "256",
         # No optimisation of programs that run once.
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} "
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} "
         "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
         "--xla_llvm_disable_expensive_passes=true --xla_cpu_collective_call_terminate_timeout_seconds=240 "
         "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
