@@ -558,9 +558,10 @@ class SwappingRunner(Runner):
             spaces.note_full(row.sequence.pages[: row.start // self.page_size])
         read = self._pages_read(f)
         leaving = self._make_room(batch, writes, read)
-        while len(spaces.living_chunks()) > self._most_chunks:
-            self._squeeze(chunk for chunk in spaces.living_chunks() if chunk not in leaving)
-        segment = self._shortened(spaces.chunks_of(read), leaving, read)
+        segment = spaces.chunks_of(read)
+        arriving = [chunk for chunk in segment if chunk not in leaving]
+        if len(arriving) > self.plan.chunks or len(spaces.living_chunks()) > self._most_chunks:
+            leaving, segment = self._make_fit(leaving, read)
         spare = self._spare(read, len(batch.plan.rows)) if segment and not leaving else 0
         if spare > spaces.free_slots:
             leaving = self._exchange(segment, spare, read)
@@ -640,12 +641,18 @@ class SwappingRunner(Runner):
         fewest = min(segment, key=lambda chunk: len(places[chunk]))
         return fewest, places[fewest]
 
-    def _shortened(self, segment: list[int], leaving: Mapping[int, Any], read: Int32[np.ndarray, " read"]) -> list[int]:
-        """The segment, once what arrives of it fits."""
-        while len(arriving := [chunk for chunk in segment if chunk not in leaving]) > self.plan.chunks:
-            self._squeeze(arriving)
-            segment = self.spaces.chunks_of(read)
-        return segment
+    def _make_fit(
+        self, leaving: Mapping[int, Int32[np.ndarray, " chunk_pages"]], read: Int32[np.ndarray, " read"]
+    ) -> tuple[dict[int, Int32[np.ndarray, " chunk_pages"]], list[int]]:
+        """What leaves does so now, and chunks are squeezed until all fit; what leaves in the step, and its segment."""
+        for group, (numbers, _) in enumerate(self._groups):
+            for chunk, slots in leaving.items():  # before anything returns to these slots
+                self._mover.store(group, chunk, self._gather(self._cache, numbers.index, slots))
+        while len(living := self.spaces.living_chunks()) > self._most_chunks:
+            self._squeeze(living)
+        while len(segment := self.spaces.chunks_of(read)) > self.plan.chunks:
+            self._squeeze(segment)
+        return {}, segment
 
     def _squeeze(self, chunks: Iterable[int]) -> None:
         """Merges the two emptiest chunks, or, if all but one are full, has that one's pages return: if so many chunks

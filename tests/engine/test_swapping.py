@@ -159,24 +159,35 @@ def test_steps_with_everything_on_the_device_are_one_program():
 
 
 @pytest.mark.parametrize("emulate", [None, EmulatedMachine(lambda kv, new: 0.0, None, None)])
-def test_batches_that_fill_both_spaces_again_and_again(emulate):
-    """What others have left behind is cached and in pieces: chunks are merged, or give pages back, so that all fit."""
+@pytest.mark.parametrize("at_once", [False, True])
+def test_batches_that_fill_both_spaces_again_and_again(emulate, at_once):
+    """What others have left behind is cached and in pieces: chunks are merged, or give pages back, so that all fit; and
+    so they do where every page that leaves does so before the step.
+    """
     engine = swapping(0.5, 44, layers=4, emulate=emulate)
     ordinary = Engine(model(4), None, EngineConfig(num_pages=400, **SETTINGS))
     runner, squeezed, returned = engine.runner, [], []
     squeeze, promoted = runner._squeeze, runner._promoted
+    if at_once:
+        room = runner._make_room
+        runner._make_room = lambda batch, writes, read: runner._make_fit(room(batch, writes, read), read)[0]
     runner._squeeze = lambda chunks: squeezed.append(len(returned)) or squeeze(chunks)
     runner._promoted = lambda *given: returned.append(given) or promoted(*given)
-    rng = random.Random(0)
+
+    def compare(prompts, tokens):
+        param = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+        found, wanted = (
+            [output.completions[0].token_ids for output in each.generate(prompts, param)] for each in (engine, ordinary)
+        )
+        assert found == wanted
+
+    rng, earlier = random.Random(0), []
     for length in (50, 65, 66, 44):
         prompts = [[rng.randrange(128) for _ in range(length)] for _ in range(4)]
-        params = [SamplingParams(max_tokens=n, temperature=0.0, ignore_eos=True) for n in (1, 96 - length)]
-        for param in params:
-            found, wanted = (
-                [output.completions[0].token_ids for output in each.generate(prompts, param)]
-                for each in (engine, ordinary)
-            )
-            assert found == wanted
+        compare(prompts, 1)
+        compare(prompts, 96 - length)
+        compare(earlier[-8:], 8)  # what is cached of them is right, too
+        earlier += prompts
         assert len(runner.spaces.living_chunks()) <= runner.plan.chunks + runner.plan.new_chunks
     check(engine)
     assert squeezed and returned
