@@ -20,7 +20,7 @@ layers, for steps that have nothing on the host and nothing to move.
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from functools import partial
 from typing import Any
@@ -29,17 +29,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Int32
+from jaxtyping import Array
 
-from jaxstack.engine.batch import BatchShape, HostBatch, cut, size
+from jaxstack.engine.batch import BatchShape, HostBatch, size
 from jaxstack.engine.errors import TransferFailed
 from jaxstack.engine.layerwise import LayerNumbers, Layerwise
 from jaxstack.engine.memory.swap import ExpansionController, PageSpaces, SegmentRing, SwapConfig, Target, Window
-from jaxstack.engine.memory.swap.placement import to_demote
 from jaxstack.engine.memory.swap.reading import SwapReading
 from jaxstack.engine.memory.swap.sizing import SpacePlan
 from jaxstack.engine.runner import Launched, Runner
 from jaxstack.engine.swap_movers import EmulatedMachine, EmulatedMover, KindMover, Mover
+from jaxstack.engine.swap_moves import Leaving, Merging, Move, MovePlanner, Returning
 from jaxstack.models.decoder import Decoder
 from jaxstack.runtime.emulation import ByteLedger
 from jaxstack.runtime.memory_spaces import probe_spaces
@@ -56,49 +56,6 @@ class _Programs:
     group: Mapping[Kinds, Mapping[int, Callable]]
     whole: Callable
     head: Callable
-
-
-@dataclasses.dataclass(frozen=True)
-class _Merging:
-    """Two chunks, and the new ones with their living pages: where those are in the two laid end to end."""
-
-    first: int
-    second: int
-    fresh: Mapping[int, Int32[np.ndarray, " chunk_pages"]]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Returning:
-    """Pages of a chunk, where they are in it, and their new slots."""
-
-    chunk: int
-    index: Int32[np.ndarray, " chunk_pages"]
-    slots: Int32[np.ndarray, " chunk_pages"]
-
-
-@dataclasses.dataclass
-class _Move:
-    """What a step does with pages beside reading them, the same in every layer.
-
-    Attributes:
-      segment: the chunks that its sequences read, in the order of the block table's numbers.
-      following: those that the next step is expected to read.
-      leaving: new chunks -> the device slots that they are gathered from.
-      merging: chunks that are half empty become one.
-      returning: pages get slots again.
-    """
-
-    ints: Int32[np.ndarray, " n"]
-    segment: list[int]
-    following: list[int]
-    leaving: dict[int, Int32[np.ndarray, " chunk_pages"]]
-    merging: _Merging | None = None
-    returning: _Returning | None = None
-
-    @property
-    def nothing(self) -> bool:
-        """Whether all that the step reads is on the device, and stays there."""
-        return not (self.segment or self.leaving or self.merging or self.returning)
 
 
 class SwappingRunner(Runner):
@@ -158,11 +115,11 @@ class SwappingRunner(Runner):
                 leaving=leaving,
                 ledger=self.ledger,
             )
-        self.spaces = self._new_spaces()
         super().__init__(
             decoder, shapes, num_pages=plan.device_slots, page_size=page_size, vocab_size=vocab_size, dtype=dtype,
             **options,
         )  # fmt: skip
+        self._start_afresh()
         self.ledger.take("device", self.cache_bytes, "pages")
         self._pieces = Layerwise(decoder, dtype=self.dtype, vocab_size=vocab_size)
         # Programs take a flat list: taking the decoder's tree apart for every layer costs more than a launch does.
@@ -182,8 +139,6 @@ class SwappingRunner(Runner):
         # Waiting for a layer before its place is filled anew keeps within the budget where a program's memory is taken
         # when it is launched. A GPU takes and gives it in the order of its stream, and is not waited for.
         self._strict = emulate is not None or jax.default_backend() == "cpu"
-        self._most_chunks = plan.chunks + plan.new_chunks  # that the host's bytes hold
-        self._allowed = plan.host_pages  # that steps may read there
         # An emulated device is given its times group by group, like its pages.
         self._whole_steps = emulate is None
         self._steps_run = 0
@@ -206,7 +161,7 @@ class SwappingRunner(Runner):
         """A new page pool with everything free; what was on its way is forgotten."""
         assert num_pages == self.plan.pages, f"{num_pages} pages for {self.plan.pages}"
         self._forget()
-        self.spaces = self._new_spaces()
+        self._start_afresh()
         if self.controller is not None:
             self._aim(self.controller.share)
         return self.spaces
@@ -215,8 +170,10 @@ class SwappingRunner(Runner):
         """Of some layers, int32 `[layers]` each."""
         return LayerNumbers(*(self._placement.put(np.stack(n)) for n in zip(*self._pieces.layers[part])))
 
-    def _new_spaces(self) -> PageSpaces:
-        return PageSpaces(self.plan.device_slots, self.plan.host_pages, self.plan.chunk_pages)
+    def _start_afresh(self) -> None:
+        self.spaces = PageSpaces(self.plan.device_slots, self.plan.host_pages, self.plan.chunk_pages)
+        windows = self.config.layer_windows
+        self._moves = MovePlanner(self.spaces, self.plan, page_size=self.page_size, windows=windows, copier=self)
 
     def _forget(self) -> None:
         self._mover.reset()
@@ -377,7 +334,7 @@ class SwappingRunner(Runner):
 
     def _launch(self, batch: HostBatch) -> Launched:
         began = time.perf_counter()
-        move = self._plan(batch)
+        move = self._moves.plan(batch)
         given: Any = self._nothing_given.get(batch.shape) if batch.embeddings is None else batch.embeddings
         programs: Any = self._steps[batch.shape]
         timed = self._strict or self._steps_run % self.swap.window_steps == 0
@@ -418,7 +375,7 @@ class SwappingRunner(Runner):
     def _run_groups(
         self,
         programs: Mapping[Kinds, Mapping[int, Callable]],
-        move: _Move,
+        move: Move,
         inputs: tuple[Array, ...],
         wait: bool,
         tokens: tuple[int, int],
@@ -449,7 +406,7 @@ class SwappingRunner(Runner):
         self,
         programs: Mapping[int, Callable],
         numbers: LayerNumbers,
-        move: _Move,
+        move: Move,
         inputs: tuple[Array, ...],
         arrays: dict[int, Array],
         wait: bool,
@@ -469,18 +426,18 @@ class SwappingRunner(Runner):
             self._put_back(numbers, move.returning, arrays)
         return jax.block_until_ready(x) if wait else x
 
-    def _store_merged(self, group: int, merging: _Merging, arrays: Mapping[int, Array]) -> None:
+    def _store_merged(self, group: int, merging: Merging, arrays: Mapping[int, Array]) -> None:
         for chunk, index in merging.fresh.items():
             merged = self._merge(arrays[merging.first], arrays[merging.second], index)
             self._mover.store(group, chunk, jax.block_until_ready(merged) if self._strict else merged)
 
-    def _put_back(self, numbers: LayerNumbers, returning: _Returning, arrays: Mapping[int, Array]) -> None:
+    def _put_back(self, numbers: LayerNumbers, returning: Returning, arrays: Mapping[int, Array]) -> None:
         chunk = arrays[returning.chunk]
         self._cache = self._scatter(self._cache, numbers.index, chunk, returning.index, returning.slots)
         if self._strict:
             jax.block_until_ready(self._cache)  # the chunk's place is filled anew
 
-    def _fetch(self, move: _Move, step: int) -> None:
+    def _fetch(self, move: Move, step: int) -> None:
         """The next segment begins to arrive: of this step, or of the step after it."""
         position = self._ring.issue()
         later = position // self._ring.layers > step
@@ -498,7 +455,7 @@ class SwappingRunner(Runner):
         for chunk in self._mover.free(place):
             self.spaces.unhold(chunk)
 
-    def _arrived(self, move: _Move, place: int, wait: bool) -> dict[int, Array]:
+    def _arrived(self, move: Move, place: int, wait: bool) -> dict[int, Array]:
         """The slices of the segment; those that nobody expected are fetched now."""
         wanted = [chunk for chunk in move.segment if chunk not in move.leaving]
         there = self._mover.at(place)
@@ -543,135 +500,21 @@ class SwappingRunner(Runner):
 
     def _aim(self, share: float, urgent: bool = False) -> None:
         allowed = min(self.plan.host_pages, int(share / (1 - share) * self.plan.device_slots))
-        self.spaces.withheld, self.spaces.urgent, self._allowed = self.plan.host_pages - allowed, urgent, allowed
+        self.spaces.withheld, self.spaces.urgent = self.plan.host_pages - allowed, urgent
+        self._moves.allowed = allowed
 
-    # What a step is to do.
+    # Before a step, where what it reads would not fit. Takes the time of many copies.
 
-    def _plan(self, batch: HostBatch) -> _Move:
-        """Gives the pages that the step writes their slots, and says where those are that it reads."""
-        spaces = self.spaces
-        ints = batch.ints.copy()
-        f = cut(ints, batch.shape.int_fields)
-        written = np.unique(f["write_slots"] // self.page_size).tolist()
-        writes = [page for page in written if page < spaces.size]
-        for row in batch.plan.rows:
-            spaces.note_full(row.sequence.pages[: row.start // self.page_size])
-        read = self._pages_read(f)
-        leaving = self._make_room(batch, writes, read)
-        segment = spaces.chunks_of(read)
-        arriving = [chunk for chunk in segment if chunk not in leaving]
-        if len(arriving) > self.plan.chunks or len(spaces.living_chunks()) > self._most_chunks:
-            leaving, segment = self._make_fit(leaving, read)
-        spare = self._spare(read, len(batch.plan.rows)) if segment and not leaving else 0
-        if spare > spaces.free_slots:
-            leaving = self._exchange(segment, spare, read)
-        table = self._table(segment)
-        f["block_tables"][...] = table[f["block_tables"]]
-        slots, offsets = np.divmod(f["write_slots"], self.page_size)
-        f["write_slots"][...] = table[slots] * self.page_size + offsets
-        for chunk in segment:
-            spaces.hold(chunk)
-        if leaving:
-            return _Move(ints, segment, segment[: self.plan.chunks], leaving)
-        merging = self._merging(spaces.mergeable(segment))
-        returning = None if merging is not None else self._returning(segment, spare, read)
-        return _Move(ints, segment, spaces.chunks_of(read), leaving, merging, returning)
-
-    def _pages_read(self, f: Mapping[str, np.ndarray]) -> Int32[np.ndarray, " read"]:
-        """The pages that queries see. Those left of the window of every layer are not among them, nor ever will be."""
-        windows, ends = self.config.layer_windows, f["kv_lens"]
-        first = np.zeros_like(ends)
-        if None not in windows:
-            widest = max(window for window in windows if window is not None)
-            first = np.maximum(0, ends - np.diff(f["query_starts"]) - widest + 1) // self.page_size
-        column = np.arange(f["block_tables"].shape[1])
-        return np.unique(f["block_tables"][(column >= first[:, None]) & (column < -(-ends // self.page_size)[:, None])])
-
-    def _make_room(
-        self, batch: HostBatch, writes: list[int], read: Int32[np.ndarray, " read"]
-    ) -> dict[int, Int32[np.ndarray, " chunk_pages"]]:
-        """Gives the pages to be written slots; what leaves the device for it, and from which slots."""
-        spaces = self.spaces
-        fresh = [page for page in writes if spaces.slot(page) is None]
-        leaving: dict[int, Int32[np.ndarray, " chunk_pages"]] = {}
-        if len(fresh) > spaces.free_slots:
-            full = [row.sequence.pages[: row.start // self.page_size] for row in batch.plan.rows]
-            leaving = self._leave(
-                to_demote(spaces, len(fresh) - spaces.free_slots, self._cold(read), full, frozenset(writes))
-            )
-        spaces.bind(fresh)
-        return leaving
-
-    def _leave(self, chunks: list[list[int]]) -> dict[int, Int32[np.ndarray, " chunk_pages"]]:
-        """Has pages leave the device as new chunks: which these are, and from which slots they are gathered."""
-        leaving = {}
-        for pages in chunks:
-            slots = np.full(self.plan.chunk_pages, self._scrap, np.int32)
-            slots[: len(pages)] = self.spaces.slots_of(pages)
-            leaving[self.spaces.demote(pages)] = slots
-        return leaving
-
-    def _cold(self, read: Int32[np.ndarray, " read"]) -> list[int]:
-        """Full pages on the device that no running request reads."""
-        return np.setdiff1d(self.spaces.full_on_device(), read, assume_unique=True).tolist()
-
-    def _spare(self, read: Int32[np.ndarray, " read"], rows: int) -> int:
-        """Slots that pages of the host may have: free and cold ones, less what steps are about to write."""
-        return self.spaces.free_slots + len(self._cold(read)) - (self.plan.step_pages if self._allowed else rows)
-
-    def _exchange(
-        self, segment: list[int], spare: int, read: Int32[np.ndarray, " read"]
-    ) -> dict[int, Int32[np.ndarray, " chunk_pages"]]:
-        """Has cold pages leave for those that are read of a chunk, which return in the next step."""
-        spaces = self.spaces
-        pages = len(self._fewest(segment, read)[1])
-        short = pages - spaces.free_slots
-        if pages > spare or not 0 < short <= spaces.chunk_pages:
-            return {}
-        if spaces.chunks >= self._most_chunks:
-            others = [chunk for chunk in spaces.living_chunks() if chunk not in segment]
-            if spaces.mergeable(others) is None:
-                return {}
-            self._squeeze(others)
-        return self._leave([self._cold(read)[:short]])
-
-    def _fewest(self, segment: list[int], read: Int32[np.ndarray, " read"]) -> tuple[int, list[int]]:
-        """The chunk of which the fewest pages are read, and where in it these are."""
-        places = {chunk: np.flatnonzero(np.isin(self.spaces.chunk(chunk), read)).tolist() for chunk in segment}
-        fewest = min(segment, key=lambda chunk: len(places[chunk]))
-        return fewest, places[fewest]
-
-    def _make_fit(
-        self, leaving: Mapping[int, Int32[np.ndarray, " chunk_pages"]], read: Int32[np.ndarray, " read"]
-    ) -> tuple[dict[int, Int32[np.ndarray, " chunk_pages"]], list[int]]:
-        """What leaves does so now, and chunks are squeezed until all fit; what leaves in the step, and its segment."""
+    def store_now(self, leaving: Leaving) -> None:
         for group, (numbers, _) in enumerate(self._groups):
-            for chunk, slots in leaving.items():  # before anything returns to these slots
+            for chunk, slots in leaving.items():
                 self._mover.store(group, chunk, self._gather(self._cache, numbers.index, slots))
-        while len(living := self.spaces.living_chunks()) > self._most_chunks:
-            self._squeeze(living)
-        while len(segment := self.spaces.chunks_of(read)) > self.plan.chunks:
-            self._squeeze(segment)
-        return {}, segment
 
-    def _squeeze(self, chunks: Iterable[int]) -> None:
-        """Merges the two emptiest chunks, or, if all but one are full, has that one's pages return: if so many chunks
-        are too many, more is on the host than its part of a full cache, and as many slots are free. Before the step,
-        all else waiting, for many copies' time.
-        """
-        begin, spaces = time.perf_counter(), self.spaces
-        pair = spaces.emptiest(chunks)
-        living = [[i for i, page in enumerate(spaces.chunk(chunk)) if page >= 0] for chunk in pair]
+    def squeeze_now(self, pair: tuple[int, int], merging: Merging | None, returning: Returning | None) -> None:
+        begin = time.perf_counter()
         for place in range(self.swap.staging_segments):
             self._free(place)
         self._ring.rewind()
-        for chunk in pair:
-            spaces.hold(chunk)
-        merging = returning = None
-        if sum(map(len, living)) <= spaces.chunk_pages or len(living[1]) < spaces.chunk_pages:
-            merging = self._merging(pair)
-        else:
-            returning = self._promoted(pair[0], living[0][: spaces.free_slots])
         for group, (numbers, _) in enumerate(self._groups):
             self._mover.fetch(group, 0, list(pair))
             arrays = dict(zip(pair, self._mover.take(0, pair, wait=True)))
@@ -680,53 +523,4 @@ class SwappingRunner(Runner):
             if returning is not None:
                 self._put_back(numbers, returning, arrays)
             self._mover.free(0)
-        for chunk in pair:
-            spaces.unhold(chunk)
         self._mover.traffic.stall_s += time.perf_counter() - begin
-
-    def _table(self, segment: list[int]) -> Int32[np.ndarray, " pages"]:
-        """Page -> where the step finds it; pages that it does not read are the scrap page."""
-        table = self.spaces.slot_table(self._scrap)
-        first = self._scrap + 1
-        for number, chunk in enumerate(segment):
-            pages = np.asarray(self.spaces.chunk(chunk), np.int32)
-            (living,) = np.nonzero(pages >= 0)
-            table[pages[living]] = first + number * self.plan.chunk_pages + living
-        return table
-
-    def _merging(self, pair: tuple[int, int] | None) -> _Merging | None:
-        """Has the living pages of two chunks be in a new one, or in two of which the first is full."""
-        if pair is None:
-            return None
-        size = self.plan.chunk_pages
-        living = [
-            number * size + i
-            for number, chunk in enumerate(pair)
-            for i, page in enumerate(self.spaces.chunk(chunk))
-            if page >= 0
-        ]
-        fresh = {}
-        for number, chunk in enumerate(self.spaces.compact(*pair)):
-            index = np.zeros(size, np.int32)
-            part = living[number * size : (number + 1) * size]
-            index[: len(part)] = part
-            fresh[chunk] = index
-        return _Merging(*pair, fresh)
-
-    def _returning(self, segment: list[int], spare: int, read: Int32[np.ndarray, " read"]) -> _Returning | None:
-        """A chunk of which pages go back to the device, where there is room to spare."""
-        spaces = self.spaces
-        if not segment or spare <= 0:
-            return None
-        fewest, places = self._fewest(segment, read)
-        if len(places) > min(spare, spaces.free_slots):
-            return None
-        return self._promoted(fewest, places)
-
-    def _promoted(self, chunk: int, places: list[int]) -> _Returning:
-        """Gives the pages at some places of a chunk slots."""
-        index = np.zeros(self.plan.chunk_pages, np.int32)
-        slots = np.full(self.plan.chunk_pages, self._scrap, np.int32)
-        index[: len(places)] = places
-        slots[: len(places)] = self.spaces.promote([self.spaces.chunk(chunk)[i] for i in places])
-        return _Returning(chunk, index, slots)

@@ -167,12 +167,16 @@ def test_batches_that_fill_both_spaces_again_and_again(emulate, at_once):
     engine = swapping(0.5, 44, layers=4, emulate=emulate)
     ordinary = Engine(model(4), None, EngineConfig(num_pages=400, **SETTINGS))
     runner, squeezed, returned = engine.runner, [], []
-    squeeze, promoted = runner._squeeze, runner._promoted
+    moves, squeeze = runner._moves, runner.squeeze_now
     if at_once:
-        room = runner._make_room
-        runner._make_room = lambda batch, writes, read: runner._make_fit(room(batch, writes, read), read)[0]
-    runner._squeeze = lambda chunks: squeezed.append(len(returned)) or squeeze(chunks)
-    runner._promoted = lambda *given: returned.append(given) or promoted(*given)
+        room, store = moves._make_room, runner.store_now
+        moves._make_room = lambda *given: ((leaving := room(*given)) and store(leaving)) or {}
+
+    def noted(pair, merging, returning):
+        (squeezed if returning is None else returned).append(pair)
+        squeeze(pair, merging, returning)
+
+    runner.squeeze_now = noted
 
     def compare(prompts, tokens):
         param = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
