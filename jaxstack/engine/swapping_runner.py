@@ -50,11 +50,11 @@ Kinds = tuple[bool, ...]
 
 @dataclasses.dataclass(frozen=True)
 class _Programs:
-    """Of one shape: `group[kinds of its layers][chunks]`, and all layers without any chunks."""
+    """Of one shape: `group[kinds of its layers][chunks]`, and all layers without any chunks, if steps use it."""
 
     embed: Callable
     group: Mapping[Kinds, Mapping[int, Callable]]
-    whole: Callable
+    whole: Callable | None
     head: Callable
 
 
@@ -267,7 +267,9 @@ class SwappingRunner(Runner):
         groups = {
             kinds: {n: compiled(kinds, n) for n in self._buckets} for kinds in {kinds for _, kinds in self._groups}
         }
-        every = groups.get(pieces.sparse, {}).get(0) or compiled(pieces.sparse, 0)
+        every = None
+        if self._whole_steps:
+            every = groups.get(pieces.sparse, {}).get(0) or compiled(pieces.sparse, 0)
 
         def head(flat, ints, x):
             logits, hidden = pieces.head(shape, whole(flat), ints, x)
@@ -314,7 +316,8 @@ class SwappingRunner(Runner):
             for chunks, program in programs.items():
                 arrays = [self._nothing] * chunks
                 self._cache, x = program(flat, of_kinds[kinds], self._cache, ints, x, cos, sin, *arrays)
-        self._cache, x = step.whole(flat, self._all_layers, self._cache, ints, x, cos, sin)
+        if step.whole is not None:
+            self._cache, x = step.whole(flat, self._all_layers, self._cache, ints, x, cos, sin)
         return step.head(flat, ints, x)
 
     # A step.

@@ -31,12 +31,12 @@ class MeasuredConfig:
     """How long it takes.
 
     Args:
-      layer_s: of the emulated machine, with nothing swapped; waking threads costs some 0.2 ms of each.
+      layer_s: of the emulated machine, with nothing swapped; waking threads costs up to 0.9 ms of each.
       steps: that are timed, for each share.
       shares: phi.
     """
 
-    layer_s: float = 12e-3
+    layer_s: float = 15e-3
     steps: int = 30
     shares: tuple[float, ...] = (0.0, 8 / 32, 16 / 32)
 
