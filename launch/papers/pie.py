@@ -22,7 +22,7 @@ from launch.pie_study.simulated import run_part, runs
 _SEEDS = flags.DEFINE_integer("pie_seeds", 5, "of the simulated gains", lower_bound=1)
 _PIE_WORKERS = flags.DEFINE_integer("pie_workers", 2, "simulations side by side", lower_bound=1)
 _MEASURED = flags.DEFINE_bool("pie_measured", True, "also measure on the emulated machine, two minutes")
-_LAYER_MS = flags.DEFINE_float("pie_layer_ms", 12.0, "of the emulated machine: what a layer takes", lower_bound=0.1)
+_LAYER_MS = flags.DEFINE_float("pie_layer_ms", 16.0, "of the emulated machine: what a layer takes", lower_bound=0.1)
 _STEPS = flags.DEFINE_integer("pie_steps", 30, "timed steps of each emulated run", lower_bound=4, upper_bound=40)
 
 

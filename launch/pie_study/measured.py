@@ -36,7 +36,7 @@ class MeasuredConfig:
       shares: phi.
     """
 
-    layer_s: float = 15e-3
+    layer_s: float = 16e-3
     steps: int = 30
     shares: tuple[float, ...] = (0.0, 8 / 32, 16 / 32)
 
